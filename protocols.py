@@ -1,0 +1,497 @@
+"""The evaluation protocol: folds, fold binding, metrics, and the lines and files of a run.
+
+A TRIAL binds fold i of every session: the model trains on session t without its fold i, and after session t it is
+tested on the fold-i parts of sessions 1..t together. Five trials make a run. After session t every sample of sessions
+1..t has then been tested exactly once, by a model that never saw it (SLCV: that never saw its person).
+
+    A_t      accuracy after session t          A-bar   mean of A_1..A_T          A-tilde   A_T, the last
+
+Means and standard deviations (n - 1) are over folds, as in the paper (arXiv 2501.19111, section 5). Folds differ in
+size by a factor of almost three, so the run also pools all folds' predictions: accuracy with a 95 % interval, UF1 and
+UAR.
+
+Shapes: N samples of a session, n samples tested after a session, R rows, E emotions, T sessions.
+
+Command, at the end of the file:
+    python protocols.py results [--how prob] [--details]     the table of all runs below a folder, as Markdown
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+
+import numpy as np
+
+import rch
+
+K = 5  # folds, as the paper
+
+
+def fail(message):
+    """A user's mistake: one line on stderr and exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ---- folds -----------------------------------------------------------------------------------------------------------
+def split(subjects, protocol, k=K, seed=42):
+    """Test indices of each fold of one session: a list of sorted int arrays; every sample is in exactly one.
+
+    subjects  (N,) int, the subject of each sample in the session's order
+    slcv      Subject-Level Cross-Validation: fold i tests the subjects unique(subjects)[i::k]
+    ilcv      Instance-Level: scikit-learn's KFold(k, shuffle=True, random_state=seed), written out
+    loso      leave one subject out: one fold per subject
+    Raises ValueError where there are too few subjects or samples.
+    """
+    subjects = np.asarray(subjects)
+    people = np.unique(subjects)
+    if protocol == "ilcv":
+        if len(subjects) < k:
+            raise ValueError(f"{len(subjects)} samples are too few for {k} folds")
+        order = np.arange(len(subjects))
+        np.random.RandomState(seed).shuffle(order)
+        return [np.sort(part) for part in np.array_split(order, k)]  # the first N % k parts are one longer
+    if protocol == "loso":
+        k = len(people)
+    if len(people) < max(k, 2):
+        raise ValueError(f"{len(people)} subjects are too few for {max(k, 2)} folds of {protocol}")
+    return [np.flatnonzero(np.isin(subjects, people[i::k])) for i in range(k)]
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------------
+def accuracy(true, predicted):
+    """Share of correct predictions, 0 to 1."""
+    return float(np.mean(np.asarray(true) == np.asarray(predicted)))
+
+
+def uf1(true, predicted):
+    """Unweighted F1: the mean over classes of 2 TP / (2 TP + FP + FN). Only classes present in `true` count."""
+    true, predicted = np.asarray(true), np.asarray(predicted)
+    return float(np.mean([2 * np.sum((true == c) & (predicted == c)) / (np.sum(true == c) + np.sum(predicted == c))
+                          for c in np.unique(true)]))  # fmt: skip
+
+
+def uar(true, predicted):
+    """Unweighted average recall: the mean over classes of TP / (TP + FN). Only classes present in `true` count."""
+    true, predicted = np.asarray(true), np.asarray(predicted)
+    return float(np.mean([np.mean(predicted[true == c] == c) for c in np.unique(true)]))
+
+
+def interval(correct, total):
+    """95 % Wilson interval of a share, 0 to 1. It takes samples as independent, though one person's are not quite."""
+    z, p = 1.96, correct / total
+    middle, half = p + z * z / (2 * total), z * np.sqrt(p * (1 - p) / total + z * z / (4 * total**2))
+    return (middle - half) / (1 + z * z / total), (middle + half) / (1 + z * z / total)
+
+
+def predict(scores, row_emotion, row_session, train_counts, how="sum"):
+    """Predicted emotion (n,) from row scores (n, R). An emotion without a training sample so far never wins."""
+    emotion_scores = rch.remap(scores, row_emotion, row_session, how)
+    return np.where(train_counts > 0, emotion_scores, -np.inf).argmax(1)
+
+
+# ---- a run -----------------------------------------------------------------------------------------------------------
+class Run:
+    """One run of a method: which folds to do, the line after each session, a file per fold and the summary.
+
+    args      common.parse's arguments          sessions   list of data.Session, T of them
+    logits    whether the scores are logits; only for those does `prob` mean anything
+    .folds    the folds this process does: the loop of every method goes over them
+    Ends with one line on impossible folds, a results folder that cannot be written, or --resume of another run.
+    """
+
+    def __init__(self, args, sessions, logits=True):
+        self.sessions = sessions
+        self.tests = []  # T lists of k index arrays
+        for session in sessions:
+            try:
+                self.tests.append(split(session.subjects, args.protocol))
+            except ValueError as error:
+                fail(f"session {session.name}: {error}")
+        if args.protocol == "loso" and len(sessions) > 1:
+            fail(f"--protocol loso takes one session, not {len(sessions)}; name it with --sessions")
+        count = len(self.tests[0])
+        for session, tests in zip(sessions, self.tests):
+            for fold, test in enumerate(tests):
+                if len(session.keys) - len(test) < 2:
+                    fail(f"session {session.name}: fold {fold} leaves fewer than 2 samples to train on")
+        for fold in args.folds or []:
+            if not 0 <= fold < count:
+                fail(f"--folds {fold}: this run has folds 0 to {count - 1}")
+        folds = list(dict.fromkeys(args.folds or range(count)))
+
+        # What the numbers depend on. Two runs that agree here give the same numbers.
+        manifest = hashlib.sha256()
+        for session, tests in zip(sessions, self.tests):
+            manifest.update(json.dumps([session.name, session.keys, [test.tolist() for test in tests]]).encode())
+            manifest.update(session.images.tobytes())
+        skip = ("folds", "out", "resume", "data", "weights", "device")
+        self.info = {name: value for name, value in vars(args).items() if name not in skip}
+        self.info |= {"device": args.device.type, "synthetic": args.data is None, "logits": logits, "fold_count": count,
+                      "manifest": manifest.hexdigest()[:12]}  # fmt: skip
+        script = os.path.abspath(sys.argv[0])
+        for path in (script, *(os.path.join(os.path.dirname(os.path.abspath(__file__)), f"{room}.py")
+                               for room in ("common", "data", "protocols", "rch"))):  # fmt: skip
+            with open(path, "rb") as file:
+                self.info[os.path.basename(path)] = hashlib.sha256(file.read()).hexdigest()[:12]
+
+        name = "-".join(filter(None, (args.method, args.variant, args.backbone, args.protocol, args.preset,
+                                      "data" if args.data else "synthetic", f"seed{args.seed}",
+                                      "" if args.default_sessions else "+".join(args.sessions))))  # fmt: skip
+        self.folder = os.path.join(args.out, re.sub(r"[^\w.+-]", "_", name))
+        kept = self._resume(args.resume)
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+            _write(os.path.join(self.folder, "run.json"), json.dumps(self.info, indent=1).encode())
+        except OSError as error:
+            fail(f"{self.folder}: cannot be written ({error.strerror}); --out takes another folder")
+
+        # Under torchrun, rank r of w takes every w-th fold.
+        rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.folds = [fold for fold in folds[rank :: self.world] if fold not in kept]
+        print(f"{args.method} {args.variant}".strip() + f", {args.backbone} ({args.checkpoint}), {args.protocol}, "
+              f"{args.device}, folds and data {self.info['manifest']}")  # fmt: skip
+        if kept:
+            print(f"kept from {self.folder}: folds {', '.join(map(str, sorted(kept)))}")
+        self.names, self.printed = ["sum", "prob"] if logits else ["sum"], False
+        self.clock = time.perf_counter()
+
+    def _resume(self, resume):
+        """The finished folds that --resume keeps; a set of int."""
+        path = os.path.join(self.folder, "run.json")
+        if not resume or not os.path.exists(path):
+            return set()
+        old = _read_info(path)
+        new = json.loads(json.dumps(self.info))
+        changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+        if changed:
+            fail(
+                f"--resume: {self.folder} differs from this run in {', '.join(changed)}; without --resume it is redone"
+            )
+        return set(read_folds(self.folder, new))
+
+    def parts(self, fold, t):
+        """Indices (train, test) into session t's samples, for this fold."""
+        test = self.tests[t][fold]
+        return np.setdiff1d(np.arange(len(self.sessions[t].keys)), test), test
+
+    def record(self, fold, t, rows, scores, **others):
+        """Take the row scores (n, R) of the fold-`fold` test parts of sessions 0..t, in order, and print the line.
+
+        rows is the rch.RCH that the scores belong to. `others` are further scores to keep and print, named.
+        """
+        if t == 0:
+            self.saved = {"seconds": [], "train_counts": []}
+        tests = [self.parts(fold, s)[1] for s in range(t + 1)]
+        labels = np.array([self.sessions[s].emotions[i] for s in range(t + 1) for i in tests[s]])
+        words = [self.sessions[s].emotions[i] for s in range(t + 1) for i in self.parts(fold, s)[0]]
+        counts = np.array([words.count(word) for word in rows.emotions])
+        now = time.perf_counter()
+        self.saved["seconds"].append(now - self.clock)
+        self.saved["train_counts"].append(counts)
+        true = np.array([rows.emotions.index(word) for word in labels])
+
+        cells = []
+        for name, values in {"": scores, **others}.items():
+            values = np.asarray(values, np.float32)
+            assert values.shape == (len(labels), len(rows.row_emotion))
+            self.saved[f"{name or 'scores'}_{t}"] = values
+            predictions = [predict(values, rows.row_emotion, rows.row_session, counts, how) for how in self.names]
+            shares = [accuracy(true, p) for p in predictions] + [uf1(true, predictions[0]), uar(true, predictions[0])]
+            cells.append(name + "".join(f"{100 * share:6.1f}" for share in shares))
+        if not self.printed:
+            columns = "".join(f"{name:>6s}" for name in (*self.names, "UF1", "UAR"))
+            print(f"fold  session  emotions  {columns}   seconds")
+            self.printed = True
+        line = f"{fold:4d}  {self.sessions[t].name:7s}  {len(rows.emotions):8d}  {cells[0]}  {now - self.clock:8.1f}"
+        print("   ".join([line, *cells[1:]]), flush=True)
+
+        if t == len(self.sessions) - 1:
+            padded = [np.pad(c, (0, len(rows.emotions) - len(c))) for c in self.saved.pop("train_counts")]
+            self.saved |= {
+                "identity": np.array(_identity(self.info)),
+                "labels": labels,  # (n,) words
+                "subjects": np.concatenate([self.sessions[s].subjects[test] for s, test in enumerate(tests)]),
+                "keys": np.array([self.sessions[s].keys[i] for s, test in enumerate(tests) for i in test]),
+                "session": np.repeat(np.arange(t + 1), [len(test) for test in tests]),  # (n,) source of each sample
+                "emotions": np.array(rows.emotions),
+                "row_emotion": rows.row_emotion,
+                "row_session": rows.row_session,
+                "train_counts": np.array(padded),  # (T, E) training samples of each emotion so far
+            }
+            path = os.path.join(self.folder, f"fold{fold}.npz")
+            part = f"{path}.{os.getpid()}.part"
+            with open(part, "wb") as file:
+                np.savez_compressed(file, **self.saved)
+            os.replace(part, path)  # a kill leaves the old file or the new one, never half of one
+        self.clock = time.perf_counter()
+
+    def summary(self):
+        """Print the run's summary from its files: all finished folds, those of other processes too."""
+        info = json.loads(json.dumps(self.info))
+        folds = read_folds(self.folder, info)
+        if self.world == 1:
+            print(summarise(info, folds))
+        print(f"files: {self.folder}; all runs as a table: python protocols.py {os.path.dirname(self.folder) or '.'}")
+
+
+def _identity(info):
+    return hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()
+
+
+def _write(path, content):
+    with open(f"{path}.{os.getpid()}.part", "wb") as file:
+        file.write(content)
+    os.replace(file.name, path)
+
+
+def _read_info(path):
+    try:
+        with open(path) as file:
+            info = json.load(file)
+        return (
+            info if isinstance(info, dict) and "fold_count" in info else fail(f"{path}: not a run.json of this project")
+        )
+    except (OSError, ValueError) as error:
+        fail(f"{path}: cannot be read ({error})")
+
+
+def read_folds(folder, info):
+    """The fold files of one run: {fold: {name: array}}. Files of another run (other arguments or code) are not read."""
+    folds = {}
+    for fold in range(info["fold_count"]):
+        path = os.path.join(folder, f"fold{fold}.npz")
+        if os.path.exists(path):
+            try:
+                with np.load(path, allow_pickle=False) as file:
+                    if str(file["identity"]) == _identity(info):
+                        folds[fold] = dict(file)
+            except Exception as error:  # a broken archive can raise almost anything
+                fail(f"{path}: not a readable fold file ({error}); delete it and run again with --resume")
+    return folds
+
+
+# ======================================================================================================================
+# The summary, the paper's numbers and the report. No method needs them to be read.
+# ======================================================================================================================
+def outcome(fold, t, how="sum", scores="scores"):
+    """(true, predicted, source session) of one fold's tests after session t, (n,) int each, from its file's arrays."""
+    values = fold[f"{scores}_{t}"]
+    row_emotion, row_session = fold["row_emotion"][: values.shape[1]], fold["row_session"][: values.shape[1]]
+    counts = fold["train_counts"][t][: row_emotion.max() + 1]
+    true = np.array([list(fold["emotions"]).index(word) for word in fold["labels"][: len(values)]])
+    return true, predict(values, row_emotion, row_session, counts, how), fold["session"][: len(values)]
+
+
+def pooled(folds, t, how="sum", scores="scores"):
+    """The same, over all folds: three arrays."""
+    return [np.concatenate(arrays) for arrays in zip(*(outcome(fold, t, how, scores) for fold in folds.values()))]
+
+
+def curve(folds, how="sum", scores="scores"):
+    """Accuracies (folds, T + 2) in percent: A_1..A_T, A-bar, A-tilde of each fold."""
+    last = len(next(iter(folds.values()))["train_counts"])
+    a = np.array([[100 * accuracy(*outcome(fold, t, how, scores)[:2]) for t in range(last)] for fold in folds.values()])
+    return np.concatenate([a, a.mean(1, keepdims=True), a[:, -1:]], 1)
+
+
+def majority(fold, t):
+    """Accuracy after session t of always answering the emotion that was most frequent in training so far."""
+    true, _, _ = outcome(fold, t)
+    return accuracy(true, np.full(len(true), fold["train_counts"][t].argmax()))
+
+
+def per_source(folds, how="sum"):
+    """Accuracies (T, T), pooled, 0 to 1: [t, s] on the tests of session s after training on t; nan for s > t."""
+    last = len(next(iter(folds.values()))["train_counts"])
+    matrix = np.full((last, last), np.nan)
+    for t in range(last):
+        true, predicted, source = pooled(folds, t, how)
+        matrix[t, : t + 1] = [accuracy(true[source == s], predicted[source == s]) for s in range(t + 1)]
+    return matrix
+
+
+def summarise(info, folds):
+    """The summary of a run as text."""
+    if not folds:
+        return "no finished folds"
+    names, last = info["sessions"], len(info["sessions"]) - 1
+    columns = [f"S{t + 1} {name}" for t, name in enumerate(names)] + ["A-bar", "A-tilde"]
+    lines = [
+        f"\n{len(folds)} of {info['fold_count']} folds, accuracy in %" + " " * 6 + "".join(f"{c:>12s}" for c in columns)
+    ]
+
+    def add(label, values):
+        lines.append(f"{label:32s}" + "".join(f"{v:>12s}" for v in values))
+
+    if info["protocol"] != "loso":  # LOSO folds are single persons: only the pooled numbers mean anything
+        for how in ["sum", "prob"] if info["logits"] else ["sum"]:
+            a = curve(folds, how)
+            add(f"{how}, mean over folds", [f"{v:.2f}" for v in a.mean(0)])
+            if len(folds) > 1:
+                add("  +- standard deviation", [f"{v:.2f}" for v in a.std(0, ddof=1)])
+        paper = TABLE2.get((info["protocol"], info["backbone"], info["method"]))
+        if paper and comparable(info):
+            add("the paper's Table 2", [f"{v:.2f}" for v in paper])
+    results = [pooled(folds, t) for t in range(last + 1)]
+    add("sum, pooled over folds", [f"{100 * accuracy(true, predicted):.2f}" for true, predicted, _ in results])
+    bounds = [interval(np.sum(true == predicted), len(true)) for true, predicted, _ in results]
+    add("  95 % interval", [f"{100 * low:.1f}-{100 * high:.1f}" for low, high in bounds])
+    add("UF1, pooled", [f"{100 * uf1(true, predicted):.2f}" for true, predicted, _ in results])
+    add("UAR, pooled", [f"{100 * uar(true, predicted):.2f}" for true, predicted, _ in results])
+    majorities = np.array([[100 * majority(fold, t) for t in range(last + 1)] for fold in folds.values()]).mean(0)
+    add("always the commonest emotion", [f"{v:.2f}" for v in (*majorities, majorities.mean(), majorities[-1])])
+    if info["protocol"] == "loso" and comparable(info) and info["backbone"] in TABLE3 and names == ["casme2"]:
+        add("the paper's Table 3: accuracy, F1, UAR", [f"{100 * v:.1f}" for v in TABLE3[info["backbone"]]])
+    if last:
+        lines.append("\naccuracy on the tests of each session (columns), after training on each (rows), pooled")
+        for t, by_source in enumerate(per_source(folds)):
+            add(f"after {names[t]}", [f"{100 * v:.2f}" for v in by_source[: t + 1]])
+        # Long training makes large scores: rows of the first session can outshout the later ones in eq. 3's sum.
+        fold = next(iter(folds.values()))
+        final, row_session = fold[f"scores_{last}"], fold["row_session"]
+        spread = [
+            np.abs(final[:, row_session == s] - final.mean(1, keepdims=True)).mean() for s in np.unique(row_session)
+        ]
+        add("mean size of the row scores", [f"{v:.3g}" for v in spread])
+    return "\n".join(lines)
+
+
+TABLE2 = {  # (protocol, backbone, method): S1..S4, A-bar, A-tilde in %; the paper gives no standard deviations
+    ("slcv", "resnet", "finetune"): (35.60, 25.74, 23.90, 21.04, 26.57, 21.04),
+    ("slcv", "resnet", "foster"): (39.69, 17.38, 27.53, 28.38, 28.24, 28.38),
+    ("slcv", "resnet", "der"): (37.19, 17.59, 23.05, 23.62, 25.36, 23.62),
+    ("slcv", "resnet", "ranpac"): (38.51, 31.69, 35.38, 31.44, 34.26, 31.44),
+    ("slcv", "vit", "finetune"): (49.44, 26.33, 33.28, 27.98, 34.26, 27.98),
+    ("slcv", "vit", "foster"): (48.59, 27.08, 37.39, 29.05, 35.53, 29.05),
+    ("slcv", "vit", "der"): (49.15, 21.38, 37.80, 32.87, 35.30, 32.87),
+    ("slcv", "vit", "l2p"): (50.85, 28.26, 35.66, 31.30, 36.52, 31.30),
+    ("slcv", "vit", "dualprompt"): (48.74, 33.78, 39.94, 34.26, 39.18, 34.26),
+    ("slcv", "vit", "ranpac"): (47.07, 37.25, 43.17, 39.08, 41.64, 39.08),
+    ("slcv", "swin", "finetune"): (43.82, 25.88, 29.37, 32.93, 33.00, 32.93),
+    ("slcv", "swin", "foster"): (44.38, 20.96, 31.47, 34.25, 32.77, 34.25),
+    ("slcv", "swin", "der"): (48.57, 19.50, 34.08, 35.51, 34.41, 35.51),
+    ("slcv", "swin", "ranpac"): (38.91, 36.61, 39.73, 35.20, 37.61, 35.20),
+    ("ilcv", "resnet", "finetune"): (39.49, 29.75, 26.80, 22.17, 29.55, 22.17),
+    ("ilcv", "resnet", "foster"): (38.69, 18.24, 27.25, 31.22, 28.85, 31.22),
+    ("ilcv", "resnet", "der"): (37.08, 21.41, 23.40, 26.38, 27.07, 26.38),
+    ("ilcv", "resnet", "ranpac"): (41.52, 37.05, 38.66, 33.93, 37.79, 33.93),
+    ("ilcv", "vit", "finetune"): (57.23, 36.00, 35.42, 30.53, 39.80, 30.53),
+    ("ilcv", "vit", "foster"): (51.16, 20.67, 35.58, 33.24, 35.16, 33.24),
+    ("ilcv", "vit", "der"): (57.26, 24.79, 42.39, 37.19, 40.41, 37.19),
+    ("ilcv", "vit", "l2p"): (56.43, 36.83, 38.24, 35.30, 41.70, 35.30),
+    ("ilcv", "vit", "dualprompt"): (61.30, 40.21, 43.56, 37.19, 45.56, 37.19),
+    ("ilcv", "vit", "ranpac"): (53.23, 46.18, 50.50, 43.84, 48.44, 43.84),
+    ("ilcv", "swin", "finetune"): (50.82, 25.55, 35.12, 35.36, 36.71, 35.36),
+    ("ilcv", "swin", "foster"): (53.67, 21.94, 33.93, 36.50, 36.51, 36.50),
+    ("ilcv", "swin", "der"): (49.62, 17.21, 36.88, 38.13, 35.46, 38.13),
+    ("ilcv", "swin", "ranpac"): (48.80, 44.89, 48.14, 41.27, 45.77, 41.27),
+}
+TABLE3 = {
+    "swin": (0.815, 0.805, 0.793),
+    "vit": (0.766, 0.723, 0.719),
+    "resnet": (0.556, 0.416, 0.406),
+}  # accuracy, F1, UAR
+
+
+def comparable(info):
+    """Whether the paper has this run: real data, the unchanged paper preset, the method as such, its sessions."""
+    sessions = info["default_sessions"] or info["protocol"] == "loso"
+    return (
+        not info["synthetic"] and info["preset"] == "paper" and not info["changed"] and not info["variant"] and sessions
+    )
+
+
+def forgetting(folds, how="sum"):
+    """Mean over sessions but the last of (best accuracy so far on its tests - accuracy at the end), pooled, 0 to 1."""
+    matrix = per_source(folds, how)
+    return float(np.mean(np.nanmax(matrix, 0)[:-1] - matrix[-1, :-1])) if len(matrix) > 1 else 0.0
+
+
+def find_runs(root):
+    """All runs below a folder: a list of (folder, info, folds)."""
+    if not os.path.isdir(root):
+        fail(f"{root}: no such folder; it is what --out was, results by default")
+    runs = []
+    for folder, _, files in sorted(os.walk(root)):
+        if "run.json" in files:
+            info = _read_info(os.path.join(folder, "run.json"))
+            folds = read_folds(folder, info)
+            if folds:
+                runs.append((folder, info, folds))
+    if not runs:
+        fail(f"{root}: holds no finished fold of any run")
+    return sorted(runs, key=lambda run: (run[1]["protocol"], run[1]["backbone"], run[1]["method"], run[1]["variant"]))
+
+
+def table(runs, how="sum"):
+    """The runs as Markdown, in Table 2's columns: mean +- standard deviation over folds, in %."""
+    most = max(len(info["sessions"]) for _, info, _ in runs)
+    head = ["protocol", "backbone", "method", "data", "folds", *(f"S{t + 1}" for t in range(most)), "A-bar", "A-tilde"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+
+    def add(*cells):
+        lines.append("| " + " | ".join(cells) + " |")
+
+    for _, info, folds in runs:
+        a = curve(folds, how)
+        spread = a.std(0, ddof=1) if len(a) > 1 else np.full(a.shape[1], np.nan)
+        cells = [f"{m:.2f}" if np.isnan(s) else f"{m:.2f} +- {s:.2f}" for m, s in zip(a.mean(0), spread)]
+        if info["protocol"] == "loso":
+            cells = [f"{100 * accuracy(*pooled(folds, 0, how)[:2]):.2f}"] * 3
+        cells[-2:-2] = [""] * (most - len(info["sessions"]))
+        source = "synthetic" if info["synthetic"] else "data"
+        if not info["default_sessions"]:
+            source += " " + "+".join(info["sessions"])
+        method, source = (
+            f"{info['method']} {info['variant']}".strip(),
+            f"{source}, {info['preset']}, seed {info['seed']}",
+        )
+        add(info["protocol"], info["backbone"], method, source, f"{len(folds)}/{info['fold_count']}", *cells)
+        paper = TABLE2.get((info["protocol"], info["backbone"], info["method"]))
+        if paper and comparable(info):
+            add(info["protocol"], info["backbone"], info["method"], "the paper", "", *(f"{v:.2f}" for v in paper))
+    return "\n".join(lines)
+
+
+def details(info, folds):
+    """The four ways to remap, UF1, UAR and forgetting after the last session, and the confusion matrix, as Markdown."""
+    last = len(info["sessions"]) - 1
+    head = ["remap", *(f"S{t + 1}" for t in range(last + 1)), "A-bar", "A-tilde", "UF1", "UAR", "forgetting"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for how in rch.WAYS if info["logits"] else ("sum", "max"):
+        true, predicted, _ = pooled(folds, last, how)
+        last_values = uf1(true, predicted), uar(true, predicted), forgetting(folds, how)
+        values = [*curve(folds, how).mean(0), *(100 * v for v in last_values)]
+        lines.append(f"| {how} | " + " | ".join(f"{v:.2f}" for v in values) + " |")
+    emotions = list(next(iter(folds.values()))["emotions"])
+    true, predicted, _ = pooled(folds, last)
+    lines += ["", "| true \\ predicted (sum, pooled, at the end) | " + " | ".join(emotions) + " |"]
+    lines += ["|" + "---|" * (len(emotions) + 1)]
+    for e, emotion in enumerate(emotions):
+        row = np.bincount(predicted[true == e], minlength=len(emotions))
+        lines.append(f"| {emotion} | " + " | ".join(map(str, row)) + " |")
+    return "\n".join(lines)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = lambda message: fail(f"{message}; see --help")
+    p.add_argument("results", help="the folder that --out named")
+    p.add_argument("--how", choices=rch.WAYS, default="sum", help="how rows are merged (default: sum)")
+    p.add_argument(
+        "--details", action="store_true", help="also all remaps, UF1, UAR, forgetting and the confusion matrix"
+    )
+    args = p.parse_args()
+    runs = find_runs(args.results)
+    print(table(runs, args.how))
+    for folder, info, folds in runs if args.details else []:
+        print(f"\n### {os.path.basename(folder)}\n\n{details(info, folds)}")
+
+
+if __name__ == "__main__":
+    main()

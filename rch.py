@@ -1,0 +1,78 @@
+"""The Remappable Classification Head (RCH): the idea of the benchmark paper (arXiv 2501.19111, section 4, eq. 3 and 4).
+
+Datasets share emotions: "happiness" comes in all four sessions, each time in another domain. RCH gives every session
+its own ROWS, one per (session, emotion) pair, redundant on purpose: 5 + 5 + 6 + 7 = 23 rows for 9 emotions. Training
+only ever sees rows. Emotions appear when a prediction is made, by merging the rows that mean the same:
+
+    eq. 3   H_final^c = sum over the sessions t that contain emotion c of H_t^c
+    eq. 4   p(c | x) = softmax(x^T H_final)_c
+
+For a linear head the sum of weights is the sum of scores, x^T (H_1^c + H_3^c) = x^T H_1^c + x^T H_3^c, so all that RCH
+does is one matrix product of the row scores (B, R) with a 0/1 matrix (R, E). The softmax of eq. 4 changes no argmax.
+
+Why the sum needs care. Cross-entropy does not fix the scores, only their differences: add 7 to every row of a sample
+and the loss is the same. Eq. 3 is not so indifferent: an emotion seen in four sessions gets 28, one seen once gets 7.
+Which emotion wins then depends on a constant that no loss ever looked at. RanPAC's scores are regressions onto 0 and
+1, their scale is fixed, and there the sum is exact (see ranpac.py). For the others compare
+
+    sum        eq. 3, as the paper has it
+    prob       p(emotion) = the sum of its rows' softmax probabilities: no constant can change it
+    centered   first subtract each session's mean row score, then sum: removes one constant per session
+    max        the best row decides: what the released code does
+
+Shapes: B batch, R rows, E emotions.
+"""
+
+import numpy as np
+
+WAYS = ("sum", "prob", "centered", "max")
+
+
+class RCH:
+    """The rows so far: which emotion and which session each one stands for.
+
+    emotions     list of E words in order of first appearance
+    row_emotion  (R,) int, index into emotions
+    row_session  (R,) int, 0 for the first session
+    """
+
+    def __init__(self):
+        self.emotions = []
+        self.row_emotion = np.zeros(0, int)
+        self.row_session = np.zeros(0, int)
+
+    def add_session(self, emotions):
+        """Add one row per word of `emotions`, as the next session; returns the slice of the new rows."""
+        first, session = len(self.row_emotion), self.row_session.max(initial=-1) + 1
+        self.emotions += [word for word in emotions if word not in self.emotions]
+        self.row_emotion = np.append(self.row_emotion, [self.emotions.index(word) for word in emotions]).astype(int)
+        self.row_session = np.append(self.row_session, [session] * len(emotions)).astype(int)
+        return slice(first, len(self.row_emotion))
+
+    def targets(self, words):
+        """Training targets: for N emotion words the rows (N,) that stand for them in the latest session."""
+        row = {self.emotions[e]: r for r, e in enumerate(self.row_emotion)}  # a later row replaces an earlier one
+        return np.array([row[word] for word in words], int)
+
+
+def remap(row_scores, row_emotion, row_session, how="sum"):
+    """Row scores (B, R) -> emotion scores (B, E), by eq. 3 (`sum`) or as listed above. Plain arrays in and out.
+
+    row_emotion (R,) and row_session (R,) are RCH's. `prob` gives probabilities, the others scores.
+    """
+    assert row_scores.shape[1:] == row_emotion.shape == row_session.shape
+    merge = (row_emotion[:, None] == np.arange(row_emotion.max() + 1)).astype(row_scores.dtype)  # (R, E), 0 or 1
+    if how == "sum":
+        return row_scores @ merge
+    if how == "prob":
+        likelihood = np.exp(row_scores - row_scores.max(1, keepdims=True))
+        return likelihood / likelihood.sum(1, keepdims=True) @ merge
+    if how == "centered":
+        centered = row_scores.copy()
+        for session in np.unique(row_session):
+            rows = row_session == session
+            centered[:, rows] -= row_scores[:, rows].mean(1, keepdims=True)
+        return centered @ merge
+    if how == "max":
+        return np.where(merge > 0, row_scores[:, :, None], -np.inf).max(1)  # (B, R, E) -> (B, E)
+    raise ValueError(f"how is {how!r}, not sum, prob, centered or max")
