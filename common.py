@@ -67,14 +67,13 @@ def parse(p, settings):
 
     method      the script's name          image_size  S           mean, std   of the checkpoint, 3 floats each
     checkpoint  what the weights are, in words          device      torch.device
-    changed     the flags that override the preset      default_sessions   whether they are the paper's four
+    changed     what overrides the preset, in words     default_sessions   whether they are the paper's four
     """
     args = p.parse_args()
     args.method, args.variant = os.path.splitext(os.path.basename(sys.argv[0]))[0], ""
     args.preset = args.preset or ("paper" if args.data else "tiny")
-    args.changed = [
-        name for name in ("epochs_first", "epochs_next", "lr", "weights") if getattr(args, name) is not None
-    ]
+    overrides = {name: getattr(args, name) for name in ("epochs_first", "epochs_next", "lr", "weights")}
+    args.changed = [f"{name}={os.path.basename(str(v))}" for name, v in overrides.items() if v is not None]
     args.default_sessions = args.sessions == data.STREAM
     args.threads = torch.get_num_threads()
     args.versions = {name: metadata.version(name) for name in ("torch", "timm", "numpy", "pillow")}

@@ -141,8 +141,8 @@ class Run:
 
         name = "-".join(filter(None, (args.method, args.variant, args.backbone, args.protocol, args.preset,
                                       "data" if args.data else "synthetic", f"seed{args.seed}",
-                                      "" if args.default_sessions else "+".join(args.sessions))))  # fmt: skip
-        self.folder = os.path.join(args.out, re.sub(r"[^\w.+-]", "_", name))
+                                      "" if args.default_sessions else "+".join(args.sessions), *args.changed)))  # fmt: skip
+        self.folder = os.path.join(args.out, re.sub(r"[^\w.+=-]", "_", name))
         kept = self._resume(args.resume)
         try:
             os.makedirs(self.folder, exist_ok=True)
@@ -447,10 +447,8 @@ def table(runs, how="sum"):
         source = "synthetic" if info["synthetic"] else "data"
         if not info["default_sessions"]:
             source += " " + "+".join(info["sessions"])
-        method, source = (
-            f"{info['method']} {info['variant']}".strip(),
-            f"{source}, {info['preset']}, seed {info['seed']}",
-        )
+        source = ", ".join([source, info["preset"], f"seed {info['seed']}", *info["changed"]])
+        method = f"{info['method']} {info['variant']}".strip()
         add(info["protocol"], info["backbone"], method, source, f"{len(folds)}/{info['fold_count']}", *cells)
         paper = TABLE2.get((info["protocol"], info["backbone"], info["method"]))
         if paper and comparable(info):
