@@ -73,6 +73,7 @@ def parse(p, settings):
     args.method, args.variant = os.path.splitext(os.path.basename(sys.argv[0]))[0], ""
     args.preset = args.preset or ("paper" if args.data else "tiny")
     overrides = {name: getattr(args, name) for name in ("epochs_first", "epochs_next", "lr", "weights")}
+    args.lr_is_default = args.lr is None
     args.changed = [f"{name}={os.path.basename(str(v))}" for name, v in overrides.items() if v is not None]
     args.default_sessions = args.sessions == data.STREAM
     args.threads = torch.get_num_threads()
@@ -201,6 +202,46 @@ def tiny_backbone(name):
     return ResNet(BasicBlock, (1, 1, 1, 1), channels=(24, 48, 96, 192), num_classes=0)
 
 
+def require_plain_vit(args):
+    """End with one line unless --backbone is a ViT that prompts can be put into. Nothing is loaded for this check.
+
+    It must be exactly timm's VisionTransformer with plain blocks, a class token that has a position, and no other token
+    beside the patches. The prompt methods take its parts and put them together again (l2p.py, dualprompt.py); any other
+    part would silently be left out.
+    """
+    import timm
+    from timm.models import vision_transformer
+
+    with torch.device("meta"):  # the structure alone, without memory
+        if args.preset == "tiny":
+            vit = tiny_backbone(args.backbone)
+        else:
+            vit = timm.create_model(CHECKPOINTS.get(args.backbone, args.backbone), num_classes=0)
+
+    def plain(block):
+        extras = getattr(block.attn, "gate", None), getattr(block.attn, "norm", None)
+        return (
+            type(block) is vision_transformer.Block
+            and type(block.attn) is vision_transformer.Attention
+            and all(extra is None or isinstance(extra, nn.Identity) for extra in extras)
+        )
+
+    fits = (
+        type(vit) is vision_transformer.VisionTransformer
+        and vit.cls_token is not None
+        and vit.num_prefix_tokens == 1
+        and vit.pos_embed is not None
+        and vit.pos_embed.shape[1] == vit.patch_embed.num_patches + 1
+        and not vit.dynamic_img_size
+        and vit.global_pool == "token"
+        and isinstance(vit.fc_norm, nn.Identity)
+        and len(vit.blocks) >= 5  # DualPrompt's last prompts sit in the fifth
+        and all(plain(block) for block in vit.blocks)
+    )
+    if not fits:
+        data.fail(f"--backbone {args.backbone}: {args.method} needs a plain ViT with a class token, such as vit")
+
+
 def _load_weights(backbone, path):
     """Load a .pt, .pth, .bin or .safetensors file. A classifier in the file is left out; all else must match."""
     try:
@@ -258,9 +299,13 @@ def autocast(args):
 
 
 @torch.no_grad()
-def extract(network, images, args, batch=256):
-    """network(normalised images) for all uint8 images (N, 3, S, S), in eval mode and float32: (N, ...)."""
-    return torch.cat([network(normalize(part, args)).float() for part in images.split(batch)])
+def extract(network, images, args, *others, batch=256):
+    """network(normalised images, *others) for all uint8 images (N, 3, S, S), in float32: (N, ...).
+
+    `others` are tensors (N, ...) that go along. Whoever calls it has set the network to eval mode.
+    """
+    parts = zip(images.split(batch), *(other.split(batch) for other in others))
+    return torch.cat([network(normalize(x, args), *rest).float() for x, *rest in parts])
 
 
 def check_finite(loss, fold, session, epoch):

@@ -139,9 +139,10 @@ class Run:
             with open(path, "rb") as file:
                 self.info[os.path.basename(path)] = hashlib.sha256(file.read()).hexdigest()[:12]
 
-        name = "-".join(filter(None, (args.method, args.variant, args.backbone, args.protocol, args.preset,
-                                      "data" if args.data else "synthetic", f"seed{args.seed}",
-                                      "" if args.default_sessions else "+".join(args.sessions), *args.changed)))  # fmt: skip
+        source = "data" if args.data else "synthetic"
+        sessions_named = "" if args.default_sessions else "+".join(args.sessions)
+        words = [args.method, args.variant, args.backbone, args.protocol, args.preset, source, f"seed{args.seed}"]
+        name = "-".join(filter(None, [*words, sessions_named, *args.changed]))
         self.folder = os.path.join(args.out, re.sub(r"[^\w.+=-]", "_", name))
         kept = self._resume(args.resume)
         try:
@@ -425,54 +426,68 @@ def find_runs(root):
                 runs.append((folder, info, folds))
     if not runs:
         fail(f"{root}: holds no finished fold of any run")
-    return sorted(runs, key=lambda run: (run[1]["protocol"], run[1]["backbone"], run[1]["method"], run[1]["variant"]))
+    names = "protocol", "synthetic", "sessions", "preset", "seed", "backbone", "variant", "method", "changed"
+    return sorted(runs, key=lambda run: [str(run[1][name]) for name in names])
 
 
 def table(runs, how="sum"):
-    """The runs as Markdown, in Table 2's columns: mean +- standard deviation over folds, in %."""
-    most = max(len(info["sessions"]) for _, info, _ in runs)
-    head = ["protocol", "backbone", "method", "data", "folds", *(f"S{t + 1}" for t in range(most)), "A-bar", "A-tilde"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    """The runs as Markdown, one table per protocol and kind of data, in Table 2's columns.
 
-    def add(*cells):
-        lines.append("| " + " | ".join(cells) + " |")
+    Cells are mean ± standard deviation over folds, in %; LOSO has one pooled number. The paper's row stands under a run
+    that is comparable with it.
+    """
+    groups = {}
+    for run in runs:
+        _, info, _ = run
+        source = "synthetic stream" if info["synthetic"] else "data"
+        sessions = ", ".join(info["sessions"])
+        title = f"{info['protocol'].upper()}, {source}, {sessions}, {info['preset']} preset, seed {info['seed']}"
+        groups.setdefault(title, []).append(run)
+    lines = []
+    for title, members in groups.items():
+        _, info, folds = members[0]
+        head = ["backbone", "method", *(f"S{t + 1}" for t in range(len(info["sessions"]))), "A-bar", "A-tilde"]
+        lines += ["", f"**{title}** (eq. 3: {how})", "", row(head), "|" + "---|" * len(head)]
+        baseline = np.array(
+            [[100 * majority(f, t) for t in range(len(info["sessions"]))] for f in folds.values()]
+        ).mean(0)
+        values = (*baseline, baseline.mean(), baseline[-1])
+        lines.append(row(["-", "always the commonest emotion", *(f"{v:.2f}" for v in values)]))
+        for _, info, folds in members:
+            a = curve(folds, how)
+            cells = [f"{v:.2f}" for v in a.mean(0)]
+            if info["protocol"] == "loso":
+                cells = [f"{100 * accuracy(*pooled(folds, 0, how)[:2]):.2f}"] * 3
+            elif len(folds) > 1:
+                cells = [f"{cell} ± {v:.2f}" for cell, v in zip(cells, a.std(0, ddof=1))]
+            method = " ".join(filter(None, [info["method"], info["variant"], *info["changed"]]))
+            missing = "" if len(folds) == info["fold_count"] else f" ({len(folds)} of {info['fold_count']} folds)"
+            lines.append(row([info["backbone"], method + missing, *cells]))
+            paper = TABLE2.get((info["protocol"], info["backbone"], info["method"]))
+            if paper and comparable(info):
+                lines.append(row([info["backbone"], f"{info['method']}, the paper", *(f"{v:.2f}" for v in paper)]))
+    return "\n".join(lines[1:])
 
-    for _, info, folds in runs:
-        a = curve(folds, how)
-        spread = a.std(0, ddof=1) if len(a) > 1 else np.full(a.shape[1], np.nan)
-        cells = [f"{m:.2f}" if np.isnan(s) else f"{m:.2f} +- {s:.2f}" for m, s in zip(a.mean(0), spread)]
-        if info["protocol"] == "loso":
-            cells = [f"{100 * accuracy(*pooled(folds, 0, how)[:2]):.2f}"] * 3
-        cells[-2:-2] = [""] * (most - len(info["sessions"]))
-        source = "synthetic" if info["synthetic"] else "data"
-        if not info["default_sessions"]:
-            source += " " + "+".join(info["sessions"])
-        source = ", ".join([source, info["preset"], f"seed {info['seed']}", *info["changed"]])
-        method = f"{info['method']} {info['variant']}".strip()
-        add(info["protocol"], info["backbone"], method, source, f"{len(folds)}/{info['fold_count']}", *cells)
-        paper = TABLE2.get((info["protocol"], info["backbone"], info["method"]))
-        if paper and comparable(info):
-            add(info["protocol"], info["backbone"], info["method"], "the paper", "", *(f"{v:.2f}" for v in paper))
-    return "\n".join(lines)
+
+def row(cells):
+    """One line of a Markdown table."""
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def details(info, folds):
     """The four ways to remap, UF1, UAR and forgetting after the last session, and the confusion matrix, as Markdown."""
     last = len(info["sessions"]) - 1
     head = ["remap", *(f"S{t + 1}" for t in range(last + 1)), "A-bar", "A-tilde", "UF1", "UAR", "forgetting"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = [row(head), "|" + "---|" * len(head)]
     for how in rch.WAYS if info["logits"] else ("sum", "max"):
         true, predicted, _ = pooled(folds, last, how)
         last_values = uf1(true, predicted), uar(true, predicted), forgetting(folds, how)
-        values = [*curve(folds, how).mean(0), *(100 * v for v in last_values)]
-        lines.append(f"| {how} | " + " | ".join(f"{v:.2f}" for v in values) + " |")
+        lines.append(row([how, *(f"{v:.2f}" for v in (*curve(folds, how).mean(0), *(100 * v for v in last_values)))]))
     emotions = list(next(iter(folds.values()))["emotions"])
     true, predicted, _ = pooled(folds, last)
-    lines += ["", "| true \\ predicted (sum, pooled, at the end) | " + " | ".join(emotions) + " |"]
-    lines += ["|" + "---|" * (len(emotions) + 1)]
+    lines += ["", row(["true \\ predicted (sum, pooled, at the end)", *emotions]), "|" + "---|" * (len(emotions) + 1)]
     for e, emotion in enumerate(emotions):
-        row = np.bincount(predicted[true == e], minlength=len(emotions))
-        lines.append(f"| {emotion} | " + " | ".join(map(str, row)) + " |")
+        lines.append(row([emotion, *np.bincount(predicted[true == e], minlength=len(emotions))]))
     return "\n".join(lines)
 
 

@@ -171,8 +171,9 @@ def main():
 
             # ---- grow ----
             f = common.extract(backbone, x, args)  # (N, d)
-            if t == 0:  # W has its own generator: it is the same whatever phase 1 drew
-                w = torch.randn(f.shape[1], args.projected, generator=torch.Generator().manual_seed(args.seed + fold))
+            if t == 0:
+                own = torch.Generator().manual_seed(args.seed * 1000 + fold)  # W does not depend on what phase 1 drew
+                w = torch.randn(f.shape[1], args.projected, generator=own)
                 w, ridge = w.to(args.device), LowRankRidge(args.projected)  # W (d, M)
             h = F.relu(f @ w)  # (N, M)
             one_hot = F.one_hot(y, new.stop)  # (N, R)
