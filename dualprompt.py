@@ -53,7 +53,7 @@ import rch
 SETTINGS = {  # paper, tiny
     "epochs_first": (60, 10),
     "epochs_next": (10, 3),
-    "batch": (16, 32),
+    "batch": (16, 16),
     "lr": (0.03 * 16 / 256, 5e-3),
     "lr_no_prompts": (1e-3, 1e-2),
     "length": (5, 5),  # L, of g and of e prompts
