@@ -116,9 +116,13 @@ def choose_lambda(h, y):
     return max(lam for lam, error in zip(LAMBDAS, errors) if error <= 1.01 * errors.min())
 
 
-def pixels(x):
+class Pixels(nn.Module):
     """The control without a network: pictures (B, 3, S, S) -> 12 x 12 area-averaged pixels (B, 432)."""
-    return F.adaptive_avg_pool2d(x, 12).flatten(1)
+
+    num_features = 3 * 12 * 12
+
+    def forward(self, x):
+        return F.adaptive_avg_pool2d(x, 12).flatten(1)
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -130,7 +134,7 @@ def main():
     args.variant = "" if args.features == "adapted" else args.features
     sessions = common.load_sessions(args)
     images = [torch.from_numpy(session.images).to(args.device) for session in sessions]  # (N, 3, S, S) uint8 each
-    pretrained = common.make_backbone(args) if args.features != "pixels" else pixels
+    pretrained = Pixels() if args.features == "pixels" else common.make_backbone(args)
     run = protocols.Run(args, sessions, logits=False)
     if args.features == "adapted":
         common.estimate(args, pretrained, sessions, run)
@@ -149,9 +153,16 @@ def main():
             x = images[t][train]  # (N, 3, S, S) uint8
             y = torch.from_numpy(rows.targets(session.emotions)[train]).to(args.device)  # (N,) rows
 
-            # ---- train ----
-            if t == 0 and args.features == "adapted":
+            # ---- grow ----
+            if t == 0:
+                own = torch.Generator().manual_seed(args.seed * 1000 + fold)  # W is the same whatever phase 1 draws
+                w = torch.randn(backbone.num_features, args.projected, generator=own).to(args.device)  # W (d, M)
+                ridge = LowRankRidge(args.projected)
                 head = nn.Linear(backbone.num_features, new.stop, device=args.device)  # temporary
+
+            # ---- train ----
+            # Phase 1: the backbone, in session 1 only.
+            if t == 0 and args.features == "adapted":
                 trained = [*backbone.parameters(), *head.parameters()]
                 optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay, fused=True)
                 steps = args.epochs_first * common.steps(len(x), args.batch)
@@ -169,13 +180,8 @@ def main():
                     common.check_finite(loss, fold, session.name, epoch)
                 backbone.eval()
 
-            # ---- grow ----
-            f = common.extract(backbone, x, args)  # (N, d)
-            if t == 0:
-                own = torch.Generator().manual_seed(args.seed * 1000 + fold)  # W does not depend on what phase 1 drew
-                w = torch.randn(f.shape[1], args.projected, generator=own)
-                w, ridge = w.to(args.device), LowRankRidge(args.projected)  # W (d, M)
-            h = F.relu(f @ w)  # (N, M)
+            # Phase 2, in every session: add its samples to the sums and solve.
+            h = F.relu(common.extract(backbone, x, args) @ w)  # (N, M)
             one_hot = F.one_hot(y, new.stop)  # (N, R)
             lam = choose_lambda(h, one_hot)
             ridge.update(h, one_hot)
