@@ -13,11 +13,13 @@ UAR.
 Shapes: N samples of a session, n samples tested after a session, R rows, E emotions, T sessions.
 
 Command, at the end of the file:
-    python protocols.py results [--how prob] [--details]     the table of all runs below a folder, as Markdown
+    python protocols.py results [--how prob] [--details] [--csv FILE] [--plot FILE]     all runs below a folder
 """
 
 import argparse
+import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -335,9 +337,8 @@ def summarise(info, folds):
             add(f"{how}, mean over folds", [f"{v:.2f}" for v in a.mean(0)])
             if len(folds) > 1:
                 add("  +- standard deviation", [f"{v:.2f}" for v in a.std(0, ddof=1)])
-        paper = TABLE2.get((info["protocol"], info["backbone"], info["method"]))
-        if paper and comparable(info):
-            add("the paper's Table 2", [f"{v:.2f}" for v in paper])
+        if papers(info):
+            add("the paper's Table 2", [f"{v:.2f}" for v in papers(info)])
     results = [pooled(folds, t) for t in range(last + 1)]
     add("sum, pooled over folds", [f"{100 * accuracy(true, predicted):.2f}" for true, predicted, _ in results])
     bounds = [interval(np.sum(true == predicted), len(true)) for true, predicted, _ in results]
@@ -346,8 +347,8 @@ def summarise(info, folds):
     add("UAR, pooled", [f"{100 * uar(true, predicted):.2f}" for true, predicted, _ in results])
     majorities = np.array([[100 * majority(fold, t) for t in range(last + 1)] for fold in folds.values()]).mean(0)
     add("always the commonest emotion", [f"{v:.2f}" for v in (*majorities, majorities.mean(), majorities[-1])])
-    if info["protocol"] == "loso" and comparable(info) and info["backbone"] in TABLE3 and names == ["casme2"]:
-        add("the paper's Table 3: accuracy, F1, UAR", [f"{100 * v:.1f}" for v in TABLE3[info["backbone"]]])
+    if info["protocol"] == "loso" and papers(info):
+        add("the paper: accuracy, F1, UAR", [f"{v:.2f}" for v in papers(info)])
     if last:
         lines.append("\naccuracy on the tests of each session (columns), after training on each (rows), pooled")
         for t, by_source in enumerate(per_source(folds)):
@@ -392,11 +393,11 @@ TABLE2 = {  # (protocol, backbone, method): S1..S4, A-bar, A-tilde in %; the pap
     ("ilcv", "swin", "der"): (49.62, 17.21, 36.88, 38.13, 35.46, 38.13),
     ("ilcv", "swin", "ranpac"): (48.80, 44.89, 48.14, 41.27, 45.77, 41.27),
 }
-TABLE3 = {
-    "swin": (0.815, 0.805, 0.793),
-    "vit": (0.766, 0.723, 0.719),
-    "resnet": (0.556, 0.416, 0.406),
-}  # accuracy, F1, UAR
+TABLE3 = {  # backbone: accuracy, F1, UAR in %, LOSO on CASME II's five emotions
+    "resnet": (55.6, 41.6, 40.6),
+    "vit": (76.6, 72.3, 71.9),
+    "swin": (81.5, 80.5, 79.3),
+}
 
 
 def comparable(info):
@@ -430,42 +431,61 @@ def find_runs(root):
     return sorted(runs, key=lambda run: [str(run[1][name]) for name in names])
 
 
-def table(runs, how="sum"):
-    """The runs as Markdown, one table per protocol and kind of data, in Table 2's columns.
+def values(info, folds, how="sum"):
+    """What the report shows of a run: ([column names], [numbers in %], [standard deviations over folds or None])."""
+    if info["protocol"] == "loso":  # a fold is one person: only the pooled numbers mean anything
+        true, predicted, _ = pooled(folds, 0, how)
+        return ["accuracy", "F1", "UAR"], [100 * f(true, predicted) for f in (accuracy, uf1, uar)], [None] * 3
+    a = curve(folds, how)
+    names = [f"S{t + 1}" for t in range(a.shape[1] - 2)] + ["A-bar", "A-tilde"]
+    return names, a.mean(0).tolist(), a.std(0, ddof=1).tolist() if len(a) > 1 else [None] * a.shape[1]
 
-    Cells are mean ± standard deviation over folds, in %; LOSO has one pooled number. The paper's row stands under a run
-    that is comparable with it.
+
+def papers(info):
+    """The paper's numbers for a run that is comparable with it, in the order of `values`, or None."""
+    if not comparable(info):
+        return None
+    if info["protocol"] == "loso":
+        return TABLE3.get(info["backbone"]) if info["sessions"] == ["casme2"] and info["method"] == "finetune" else None
+    return TABLE2.get((info["protocol"], info["backbone"], info["method"]))
+
+
+def title(info):
+    """What the runs of one table have in common."""
+    source = "synthetic stream" if info["synthetic"] else "data"
+    sessions = ", ".join(info["sessions"])
+    return f"{info['protocol'].upper()}, {source}, {sessions}, {info['preset']} preset, seed {info['seed']}"
+
+
+def name(info):
+    """A run's method with its variant and changed settings."""
+    return " ".join([info["method"], *filter(None, [info["variant"]]), *info["changed"]])
+
+
+def table(runs, how="sum"):
+    """The runs as Markdown, one table per protocol and kind of data, in the columns of the paper's Tables 2 and 3.
+
+    Cells are mean ± standard deviation over folds, in %, pooled over all subjects for LOSO. Controls are rows of their
+    own; the paper's row stands under a run that is comparable with it.
     """
-    groups = {}
-    for run in runs:
-        _, info, _ = run
-        source = "synthetic stream" if info["synthetic"] else "data"
-        sessions = ", ".join(info["sessions"])
-        title = f"{info['protocol'].upper()}, {source}, {sessions}, {info['preset']} preset, seed {info['seed']}"
-        groups.setdefault(title, []).append(run)
-    lines = []
-    for title, members in groups.items():
-        _, info, folds = members[0]
-        head = ["backbone", "method", *(f"S{t + 1}" for t in range(len(info["sessions"]))), "A-bar", "A-tilde"]
-        lines += ["", f"**{title}** (eq. 3: {how})", "", row(head), "|" + "---|" * len(head)]
-        baseline = np.array(
-            [[100 * majority(f, t) for t in range(len(info["sessions"]))] for f in folds.values()]
-        ).mean(0)
-        values = (*baseline, baseline.mean(), baseline[-1])
-        lines.append(row(["-", "always the commonest emotion", *(f"{v:.2f}" for v in values)]))
-        for _, info, folds in members:
-            a = curve(folds, how)
-            cells = [f"{v:.2f}" for v in a.mean(0)]
-            if info["protocol"] == "loso":
-                cells = [f"{100 * accuracy(*pooled(folds, 0, how)[:2]):.2f}"] * 3
-            elif len(folds) > 1:
-                cells = [f"{cell} ± {v:.2f}" for cell, v in zip(cells, a.std(0, ddof=1))]
-            method = " ".join(filter(None, [info["method"], info["variant"], *info["changed"]]))
-            missing = "" if len(folds) == info["fold_count"] else f" ({len(folds)} of {info['fold_count']} folds)"
-            lines.append(row([info["backbone"], method + missing, *cells]))
-            paper = TABLE2.get((info["protocol"], info["backbone"], info["method"]))
-            if paper and comparable(info):
-                lines.append(row([info["backbone"], f"{info['method']}, the paper", *(f"{v:.2f}" for v in paper)]))
+    lines, last = [], None
+    for _, info, folds in runs:
+        columns, means, spreads = values(info, folds, how)
+        if title(info) != last:
+            last = title(info)
+            head = ["backbone", "method", *columns]
+            lines += ["", f"**{last}** (remapped by {how})", "", row(head), "|" + "---|" * len(head)]
+            if info["protocol"] != "loso":
+                often = [
+                    100 * np.mean([majority(fold, t) for fold in folds.values()]) for t in range(len(info["sessions"]))
+                ]
+                often = [f"{v:.2f}" for v in (*often, np.mean(often), often[-1])]
+                lines.append(row(["-", "always the commonest emotion", *often]))
+        cells = [f"{v:.2f}" if s is None else f"{v:.2f} ± {s:.2f}" for v, s in zip(means, spreads)]
+        missing = "" if len(folds) == info["fold_count"] else f" ({len(folds)} of {info['fold_count']} folds)"
+        lines.append(row([info["backbone"], name(info) + missing, *cells]))
+        if papers(info):
+            lines.append(row([info["backbone"], f"{info['method']}, the paper", *(f"{v:.2f}" for v in papers(info))]))
     return "\n".join(lines[1:])
 
 
@@ -491,6 +511,82 @@ def details(info, folds):
     return "\n".join(lines)
 
 
+def write_csv(runs, path):
+    """All runs, one line per run and way to remap: what they are, and the columns of `values` with deviations."""
+    lines = []
+    for folder, info, folds in runs:
+        for how in rch.WAYS if info["logits"] else ("sum", "max"):
+            what = ("method", "variant", "backbone", "protocol", "preset", "seed", "synthetic", "checkpoint")
+            line = {key: info[key] for key in what} | {"sessions": "+".join(info["sessions"]), "remap": how}
+            line |= {"changed": " ".join(info["changed"]), "folds": len(folds), "folder": folder}
+            for column, mean, spread in zip(*values(info, folds, how)):
+                line |= {column: f"{mean:.4f}", f"{column} std": "" if spread is None else f"{spread:.4f}"}
+            true, predicted, _ = pooled(folds, len(info["sessions"]) - 1, how)
+            line |= {
+                "pooled UF1": f"{100 * uf1(true, predicted):.4f}",
+                "pooled UAR": f"{100 * uar(true, predicted):.4f}",
+            }
+            lines.append(line)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for line in lines for key in line)))
+    writer.writeheader()
+    writer.writerows(lines)
+    try:
+        _write(path, text.getvalue().encode())
+    except OSError as error:
+        fail(f"{path}: cannot be written ({error.strerror})")
+    print(f"{path}: {len(lines)} lines")
+
+
+def plot(runs, path, how="sum"):
+    """Accuracy over sessions per method, a panel per protocol and backbone, as the paper's Figure 5; controls are dashed.
+
+    The paper's points are open markers, where a run is comparable.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        fail("--plot needs the package matplotlib: pip install matplotlib")
+    runs = [run for run in runs if run[1]["protocol"] != "loso" and len(run[1]["sessions"]) > 1]
+    if not runs:
+        fail("--plot needs a run with more than one session")
+    panels = sorted({(info["protocol"], info["backbone"]) for _, info, _ in runs})
+    protocols_, columns = sorted({p for p, _ in panels}), sorted({b for _, b in panels})
+    colours = {word: f"C{i}" for i, word in enumerate(sorted({name(info) for _, info, _ in runs}))}
+    size = 1.2 + 3.4 * len(columns), 0.9 + 2.6 * len(protocols_)
+    figure, axes = pyplot.subplots(
+        len(protocols_), len(columns), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for _, info, folds in runs:
+        axis = axes[protocols_.index(info["protocol"]), columns.index(info["backbone"])]
+        axis.set_visible(True)
+        steps = range(1, len(info["sessions"]) + 1)
+        style = "--" if info["variant"] or info["changed"] else "-o"
+        axis.plot(steps, values(info, folds, how)[1][:-2], style, color=colours[name(info)], ms=4, label=name(info))
+        if papers(info):
+            axis.plot(steps, papers(info)[:-2], "o", color=colours[name(info)], mfc="none", ms=7)
+        axis.set_title(f"{info['backbone']}, {info['protocol'].upper()}", fontsize=10)
+        axis.set_xticks(steps, info["sessions"], fontsize=8)
+        axis.grid(alpha=0.3)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("accuracy, %")
+    found = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(found.values(), found.keys(), loc="outside right center", fontsize=8, frameon=False)
+    kinds = sorted({"synthetic stream" if info["synthetic"] else "data" for _, info, _ in runs})
+    markers = "; open markers: the paper" if any(papers(info) for _, info, _ in runs) else ""
+    figure.suptitle(f"{' and '.join(kinds)}, remapped by {how}{markers}", fontsize=10)
+    try:
+        figure.savefig(path, dpi=80)
+    except (OSError, ValueError) as error:
+        fail(f"{path}: cannot be written ({error})")
+    print(f"{path}: {len(panels)} panels")
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: fail(f"{message}; see --help")
@@ -499,9 +595,15 @@ def main():
     p.add_argument(
         "--details", action="store_true", help="also all remaps, UF1, UAR, forgetting and the confusion matrix"
     )
+    p.add_argument("--csv", metavar="FILE", help="also write all numbers to a CSV file")
+    p.add_argument("--plot", metavar="FILE.png", help="also draw accuracy over sessions (needs matplotlib)")
     args = p.parse_args()
     runs = find_runs(args.results)
     print(table(runs, args.how))
+    if args.csv:
+        write_csv(runs, args.csv)
+    if args.plot:
+        plot(runs, args.plot, args.how)
     for folder, info, folds in runs if args.details else []:
         print(f"\n### {os.path.basename(folder)}\n\n{details(info, folds)}")
 
