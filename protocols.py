@@ -539,9 +539,9 @@ def write_csv(runs, path):
 
 
 def plot(runs, path, how="sum"):
-    """Accuracy over sessions per method, a panel per protocol and backbone, as the paper's Figure 5; controls are dashed.
+    """Accuracy over sessions per method, a panel per protocol and backbone, as the paper's Figure 5.
 
-    The paper's points are open markers, where a run is comparable.
+    Controls are dashed; the paper's points are open markers, where a run is comparable.
     """
     try:
         import matplotlib

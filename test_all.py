@@ -11,9 +11,11 @@ and looks at its local variables whenever a session has been tested.
 import argparse
 import contextlib
 import copy
+import csv
 import functools
 import importlib
 import io
+import json
 import os
 import re
 import shutil
@@ -22,10 +24,14 @@ import subprocess
 import sys
 import time
 
+import cv2
 import numpy as np
+import openpyxl
 import pytest
 import torch
+from openpyxl.styles import Font
 from PIL import Image
+from skimage.data import astronaut
 from sklearn.model_selection import KFold
 from torch.nn import functional as F
 
@@ -1052,6 +1058,716 @@ def test_weight_files_of_every_kind(watch, monkeypatch, tmp_path):
               at_record=lambda t, local, found=found: found.append(states(local["backbone"])))  # fmt: skip
         assert all(torch.equal(value, network.state_dict()[key]) for key, value in found[0].items())
         shutil.rmtree(tmp_path / "results")
+
+
+# ---- prepare ---------------------------------------------------------------------------------------------------------
+# Small raw trees in every layout, naming and oddity of the official downloads. The frames are a real face, warped by a
+# known field between onset and apex. Each usable row has its own direction of motion, so the hue of an image tells
+# whether it was made of the right frames; what must not be used moves otherwise.
+FACE = cv2.cvtColor(astronaut(), cv2.COLOR_RGB2GRAY)[10:210, 120:320]  # (200, 200)
+SMALL = cv2.resize(FACE, (96, 96), interpolation=cv2.INTER_AREA)
+WRONG = 180  # decoys move the other way
+cv2.setNumThreads(1)
+
+
+# ---- prepare: raw trees ----------------------------------------------------------------------------------------------
+def warp(image, dx, dy, centre=None, width=None):
+    """Move the picture's content by (dx, dy) pixels, all of it or a Gaussian spot of it around centre (x, y)."""
+    y, x = np.mgrid[: image.shape[0], : image.shape[1]].astype(np.float32)
+    share = 1 if centre is None else np.exp(-((x - centre[0]) ** 2 + (y - centre[1]) ** 2) / (2 * width**2))
+    x, y = (x - share * dx).astype(np.float32), (y - share * dy).astype(np.float32)
+    return cv2.remap(image, x, y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT)
+
+
+def moved(image, angle, pixels=3.0):
+    return warp(image, pixels * np.cos(np.radians(angle)), pixels * np.sin(np.radians(angle)))
+
+
+def save(path, image):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    Image.fromarray(image.astype(np.uint8)).save(path, quality=95)
+
+
+def clip(folder, name, onset, apex, angle=0, image=SMALL):
+    """Frames onset, apex and one after it (moved the wrong way), called name.format(number)."""
+    for number, frame in ((onset, image), (apex, moved(image, angle)), (apex + 1, moved(image, angle + WRONG))):
+        save(os.path.join(folder, name.format(number)), frame)
+
+
+def book(path, rows, title="Sheet1", more=()):
+    """Write rows to an .xlsx or, comma-separated, to a .csv file; more: titles of further, empty worksheets."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if path.endswith(".csv"):
+        with open(path, "w", newline="", encoding="utf-8-sig") as file:
+            csv.writer(file).writerows(rows)
+        return
+    workbook = openpyxl.Workbook()
+    workbook.active.title = title
+    for row in rows:
+        workbook.active.append(row)
+    for name in more:
+        workbook.create_sheet(name)
+    workbook.save(path)
+
+
+CASME2 = ["Subject", "Filename", None, "OnsetFrame", "ApexFrame", "OffsetFrame", None, "Action Units",
+          "Estimated Emotion"]  # fmt: skip
+SAMM = ["Subject", "Filename", "Inducement Code", "Onset Frame", "Apex Frame", "Offset Frame", "Duration", "Micro",
+        "Action Units", "Estimated Emotion", "Objective Classes", "Notes"]  # fmt: skip
+MMEW = ["Subject", "Filename", "OnsetFrame", "ApexFrame", "OffsetFrame", "Action Units", "Estimated Emotion", "remarks"]
+CASME3 = ["Subject", "Filename", "Onset", "Apex", "Offset", "AU", "Objective class", "emotion"]
+DFME = ["Subject", "Filename", "OnsetFrame", "ApexFrame", "OffsetFrame", "Emotion", "EmotionId", "Fps", "AU"]
+
+
+def casme2_row(subject, name, onset, apex, offset, emotion):
+    return [subject, name, None, onset, apex, offset, None, "4+L10", emotion]
+
+
+def samm_row(subject, name, onset, apex, offset, emotion):
+    return [subject, name, 3, onset, apex, offset, "=SUM(F2-D2)+1", "Micro - 1/2", "12 or 15 ", emotion, 1, None]
+
+
+def make_casme2(root):
+    raw, rows = f"{root}/CASME2_RAW_selected/CASME2_RAW_selected", [CASME2]
+    good = {  # subject and clip: cells, angle; the file
+        ("01", "EP02_01f"): (46, 59, 86, "happiness", 0, "casme2_happiness/sub01_EP02_01f_onset46_apex59.png"),
+        ("01", "EP03_02"): ("131.0", 161, 170, "disgust", 90, "casme2_disgust/sub01_EP03_02_onset131_apex161.png"),
+        ("02", "EP03_02"): (10, 14, 20, "others", 180, "casme2_others/sub02_EP03_02_onset10_apex14.png"),
+        (3, "EP06_02_01"): (
+            99.0,
+            101,
+            110,
+            "repression",
+            270,
+            "casme2_repression/sub03_EP06_02_01_onset99_apex101.png",
+        ),
+        ("26", "EP01_2"): ("7", " 9 ", "12", " Surprise ", 45, "casme2_surprise/sub26_EP01_2_onset7_apex9.png"),
+    }
+    expected = {}
+    for (subject, name), (onset, apex, offset, emotion, angle, path) in good.items():
+        rows.append(casme2_row(subject, name, onset, apex, offset, emotion))
+        clip(f"{raw}/sub{int(subject):02d}/{name}", "img{}.jpg", int(float(onset)), int(apex), angle)
+        expected[path] = angle
+    dropped = [  # the report's subject, clip, reason
+        ("9", "EP02_02f", "emotion outside Table 1", casme2_row("09", "EP02_02f", 1, 2, 3, "fear")),
+        ("24", "EP10_02", "emotion outside Table 1", casme2_row("24", "EP10_02", 1, 2, 3, "sadness")),
+        ("4", "EP12_01f", "onset, apex or offset is not a number", casme2_row("04", "EP12_01f", 1, "/", 3, "disgust")),
+        ("5", "EP09_05f", "onset = apex", casme2_row("05", "EP09_05f", 69, 69, 80, "disgust")),
+        ("5", "EP03_01", "offset is 0", casme2_row("05", "EP03_01", 5, 9, 0, "others")),
+        ("5", "EP03_07", "onset, apex or offset is not a number", casme2_row("05", "EP03_07", 5, 9, None, "others")),
+        ("17", "EP05_02", "apex frame missing", casme2_row("17", "EP05_02", 4, 9, 10, "others")),
+        ("17", "EP05_03", "onset frame cannot be decoded", casme2_row("17", "EP05_03", 4, 9, 10, "others")),
+        ("17", "EP05_04", "apex frame cannot be decoded", casme2_row("17", "EP05_04", 4, 9, 10, "others")),
+        ("18", "EP08_01", "no clip folder", casme2_row("18", "EP08_01", 4, 9, 10, "others")),
+        ("1", "EP02_01f", "same clip as another row", casme2_row("01", "EP02_01f", 47, 59, 86, "disgust")),
+        ("20", "EP01_03", "onset and apex frame are the same picture", casme2_row("20", "EP01_03", 4, 9, 10, "others")),
+        ("20", "EP15_03f", "onset and apex frame differ in size", casme2_row("20", "EP15_03f", 4, 9, 10, "others")),
+        ("21", "EP05_05", "onset frame found twice", casme2_row("21", "EP05_05", 4, 9, 10, "others")),
+        ("22", "", "no subject or no file name", casme2_row("22", None, 4, 9, 10, "others")),
+        ("?", "EP01_01", "no subject or no file name", casme2_row("?", "EP01_01", 4, 9, 10, "others")),
+        ("23", "EP01_09", "emotion outside Table 1", casme2_row("23", "EP01_09", 4, 9, 10, None)),
+    ]
+    for subject, name, _, _ in dropped:
+        if name in ("EP05_03", "EP05_04", "EP01_03", "EP15_03f", "EP05_05"):
+            clip(f"{raw}/sub{subject}/{name}", "img{}.jpg", 4, 9)
+    save(f"{raw}/sub17/EP05_02/img4.jpg", SMALL)
+    with open(f"{raw}/sub17/EP05_03/img4.jpg", "wb") as file:
+        file.write(b"not an image")
+    with open(f"{raw}/sub17/EP05_04/img9.jpg", "r+b") as file:
+        file.truncate(1500)
+    save(f"{raw}/sub20/EP01_03/img9.jpg", SMALL)
+    save(f"{raw}/sub20/EP15_03f/img9.jpg", SMALL[:90])
+    save(f"{raw}/sub21/EP05_05/img004.png", SMALL)
+    rows += [[None] * 9] + [row for *_, row in dropped]
+    book(f"{root}/CASME2-coding-20140508.xlsx", rows, more=("Sheet2", "Sheet3"))
+    book(f"{root}/CASME2-ObjectiveClasses.xlsx", [["Subject", "Filename", "Objective Class"], ["01", "EP02_01f", 3]])
+    return expected, [("casme2", *drop[:3]) for drop in dropped]
+
+
+def make_samm(root):
+    rows = [["SAMM Micro-Expressions"], ["Subject numbers have three digits; frames count from the recording's start"]]
+    rows += [[f"note {i}"] for i in range(11)] + [SAMM]
+    good = {
+        "006_1_2": (5562, 5567, 5580, "Anger", "{:05d}", 10, "samm_anger/sub006_006_1_2_onset5562_apex5567.png"),
+        "013_1_8": (562, 570, 580, "Other", "{:04d}", 100, "samm_others/sub013_013_1_8_onset562_apex570.png"),
+        "011_4_2": (4, 10, 20, "Contempt", "{:05d}", 190, "samm_contempt/sub011_011_4_2_onset4_apex10.png"),
+        "032_3_2": (5126, 5127, 5180, "Surprise", "{:05d}", 280, "samm_surprise/sub032_032_3_2_onset5126_apex5127.png"),
+    }
+    expected = {}
+    for name, (onset, apex, offset, emotion, padding, angle, path) in good.items():
+        rows.append(samm_row(name[:3], name, onset, apex, offset, emotion))
+        clip(f"{root}/SAMM/{name[:3]}/{name}", f"{name[:3]}_{padding}.jpg", onset, apex, angle)
+        expected[path] = angle
+    dropped = [
+        ("28", "028_4_1", "apex outside onset..offset", samm_row("028", "028_4_1", 1100, 1143, 1134, "Happiness")),
+        ("32", "032_3_1", "apex outside onset..offset", samm_row("032", "032_3_1", 4919, 1930, 4976, "Anger")),
+        ("24", "024_1_1", "emotion outside Table 1", samm_row("024", "024_1_1", 5, 6, 7, "Disgust")),
+        ("36", "036_1_1", "emotion outside Table 1", samm_row("036", "036_1_1", 5, 6, 7, "Fear")),
+        ("36", "036_1_2", "emotion outside Table 1", samm_row("036", "036_1_2", 5, 6, 7, "Sadness")),
+    ]
+    for name, frames in (("028_4_1", (1100, 1143)), ("032_3_1", (4919, 4930))):
+        clip(f"{root}/SAMM/{name[:3]}/{name}", name[:3] + "_{:05d}.jpg", *frames)
+    rows += [row for *_, row in dropped]
+    book(f"{root}/SAMM_Micro_FACS_Codes_v2.xlsx", rows, "MICRO_ONLY")
+    book(f"{root}/SAMM_LongVideos_V2_Release.xlsx", [SAMM])
+    return expected, [("samm", *drop[:3]) for drop in dropped]
+
+
+def make_mmew(root):
+    rows, expected = [MMEW], {}
+    home = f"{root}/Micro_and_Macro_Expression_Warehouse/MMEW_Final"
+    good = [  # subject, clip, frames, emotion, folder, angle, file
+        (3, "S03-01-002", (1, 5, 9), "happiness", "Micro_Expression/happiness", 20,
+         "mmew_happiness/sub03_S03-01-002_onset1_apex5.png"),
+        (4, "S04-02-001", (2, 8, 9), "surprise", "Micro_Expression/disgust", 110,  # a stale folder: the sheet is right
+         "mmew_surprise/sub04_S04-02-001_onset2_apex8.png"),
+        ("S13", "S13-04-001", (1, 10, 19), "repression", "S13/repression", 200,
+         "mmew_others/sub13_S13-04-001_onset1_apex10.png"),
+        (30, "S30-06-001", (1, 3, 9), "sadness", "S30/sadness", 290, "mmew_sad/sub30_S30-06-001_onset1_apex3.png"),
+    ]  # fmt: skip
+    for subject, name, frames, emotion, folder, angle, path in good:
+        rows.append([subject, name, *frames, "4+10", emotion, None])
+        clip(f"{home}/{folder}/{name}", "{}.jpg", *frames[:2], angle)
+        expected[path] = angle
+        clip(f"{home}/Macro_Expression/{emotion}/{name}", "{}.jpg", *frames[:2], angle + WRONG)
+    save(f"{home}/Macro_Expression/S01/anger/S01-07-001.jpg", SMALL)
+    rows.append([1, "S01-07-001", 1, 5, 9, 4, "anger", "x"])
+    rows.append([5, "S05-04-001", 1, 5, 9, 4, "others", "only in the macro part"])
+    clip(f"{home}/Macro_Expression/others/S05-04-001", "{}.jpg", 1, 5)
+    book(f"{root}/MMEW_Micro_Exp (20).xlsx", rows)
+    return expected, [("mmew", "1", "S01-07-001", "emotion outside Table 1"),
+                      ("mmew", "5", "S05-04-001", "no clip folder")]  # fmt: skip
+
+
+def make_casme3(root):
+    rows, expected, release = [CASME3], {}, f"{root}/Part_A_ME_clip/Part_A_ME_clip"
+    good = [  # subject, clip, frames, emotion, folder, angle, file
+        ("spNO.1", "a", (355, 360, 370), "happy", f"{release}/frame/spNo.1_a_355", 30,
+         "casme3_happiness/sub001_a_onset355_apex360.png"),
+        ("spNO.1", "a", (400, 405, 410), "sad", f"{release}/frame/spNo.1_a_400", 120,
+         "casme3_sad/sub001_a_onset400_apex405.png"),
+        ("spNO.12", "J", (5, 9, 20), "Others", f"{root}/part_A/data/part1/spNO.12/j/color", 210,
+         "casme3_others/sub012_J_onset5_apex9.png"),
+        ("spNO.12", "J", (50, 59, 70), "anger", f"{root}/part_A/data/part1/spNO.12/j/color", 300,
+         "casme3_anger/sub012_J_onset50_apex59.png"),
+        ("spNO.12", "J", (500, 505, 510), "fear", f"{release}/frame/spNo.12_J_500", 330,
+         "casme3_fear/sub012_J_onset500_apex505.png"),
+    ]  # fmt: skip
+    for subject, name, frames, emotion, folder, angle, path in good:
+        rows.append([subject, name, *map(str, frames), "12", "4", emotion])
+        clip(folder, "{}.jpg", *frames[:2], angle)
+        expected[path] = angle
+        clip(folder.replace("frame", "depth").replace("color", "depth"), "{}.png", *frames[:2], angle + WRONG)
+    clip(f"{root}/Part_A_MaE_clip/frame/spNo.1_a_900", "{}.jpg", 900, 905, WRONG)
+    dropped = [
+        ("spNO.149", "d", "112", "83", "358", "disgust", "apex outside onset..offset"),
+        ("spNO.216", "d", "3647", "2668", "2694", "fear", "apex outside onset..offset"),
+        ("spNO.40", "e", "10", "20", "0", "surprise", "offset is 0"),
+        ("spNO.40", "e", "60", "70", "0", "surprise", "offset is 0"),
+        ("spNO.216", "e", "0", "0", "25", "fear", "onset = apex"),
+        ("spNO.7", "b", "12", "12", "40", "others", "onset = apex"),
+        ("spNO.1", "a", "355", "361", "370", "happy", "same clip as another row"),
+        ("spNO.1", "a", "900", "905", "910", "disgust", "no clip folder"),
+        ("spNO.12", "J", "80", "85", "99", "disgust", "onset frame missing"),
+    ]
+    rows += [[*row[:5], "4", "1", row[5]] for row in dropped]
+    sheets = f"{root}/annotation/partA"
+    book(f"{sheets}/cas(me)3_part_A_ME_label_JpgIndex_v2.xlsx", rows, "label", ("Sheet1", "Sheet3"))
+    workbook = openpyxl.load_workbook(f"{sheets}/cas(me)3_part_A_ME_label_JpgIndex_v2.xlsx")
+    workbook["Sheet1"].cell(434, 17).font = Font(bold=True)  # empty, but large
+    workbook.save(f"{sheets}/cas(me)3_part_A_ME_label_JpgIndex_v2.xlsx")
+    book(f"{sheets}/cas(me)3_part_A_MaE_label_JpgIndex_v2_emotion.xlsx", [CASME3])
+    book(f"{root}/annotation/CAS(ME)3_part_C_ME.xlsx", [CASME3])
+    for name in (
+        "CAS(ME)3_part_A_v2.xls",
+        "cas(me)3_part_A_ME_label_JpgIndex_v1.xls",
+        "~$cas(me)3_part_A_ME_label_JpgIndex_v2.xlsx",
+    ):
+        with open(f"{sheets}/{name}", "w") as file:
+            file.write("old Excel")
+    return expected, [("casme3", row[0][5:], row[1], row[6]) for row in dropped]
+
+
+def make_dfme(root):
+    rows, expected = [DFME], {}
+    good = [  # subject, clip, frames, emotion, folder, name, angle
+        ("sub0003", "sub0003_01", (46, 60, 90), "happiness", "train_data/train_data", "{:05d}.png", 40),
+        ("sub0003", "sub0003_02", (0, 5, 9), "sadness", "train_data/train_data", "{:05d}.PNG", 130),
+        ("sub0650", "sub0650_11", (3, 5, 9), "contempt", "USTC_partB_sub0600_sub0650/micro/fear", "{:05d}.png", 220),
+    ]
+    for subject, name, frames, emotion, folder, pattern, angle in good:
+        rows.append([subject, name, *frames, emotion, 1, 500, "AU4"])
+        clip(f"{root}/{folder}/{name}", pattern, *frames[:2], angle)
+        word = {"sadness": "sad"}.get(emotion, emotion)
+        expected[f"dfme_{word}/{subject}_{name}_onset{frames[0]}_apex{frames[1]}.png"] = angle
+    book(f"{root}/full_release_annotation/training_full_with_AU.xlsx", rows)
+    book(f"{root}/full_release_annotation/testA_full_with_AU.xlsx", [DFME, *rows[1:]])
+    return expected, []
+
+
+MAKERS = {"casme2": make_casme2, "samm": make_samm, "mmew": make_mmew, "casme3": make_casme3, "dfme": make_dfme}
+
+
+def tiny_casme2(root, sheet="CASME2-coding-20140508.xlsx", frames="Cropped/sub01/EP02_01f/reg_img{}.jpg", angle=0):
+    """The least raw tree: CASME II with one row; returns the path of RAW."""
+    book(f"{root}/casme2/{sheet}", [CASME2, casme2_row("01", "EP02_01f", 46, 59, 86, "happiness")])
+    if frames:
+        clip(f"{root}/casme2/{os.path.dirname(frames)}", os.path.basename(frames), 46, 59, angle)
+    return str(root)
+
+
+def run_data(*arguments, **variables):
+    """Run data.py as a user does, on one thread; returns the finished process."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENCV_FOR_THREADS_NUM": "1"} | variables
+    line = [sys.executable, os.path.join(HERE, "data.py"), *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=120)
+
+
+def refused(run, *words):
+    """A user error: exit status 2 and one line that begins with error: and has all of the words."""
+    lines = run.stderr.splitlines()
+    assert run.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), run.stderr
+    for word in words:
+        assert str(word) in lines[0], f"{word!r} not in {lines[0]}"
+
+
+def images(out):
+    return {f"{folder}/{name}" for folder in os.listdir(out) if os.path.isdir(f"{out}/{folder}")
+            for name in os.listdir(f"{out}/{folder}")}  # fmt: skip
+
+
+def direction(path):
+    """The direction of motion, in degrees, that an image shows: the mean hue, bright pixels counting more."""
+    hue, _, value = np.asarray(Image.open(path).convert("HSV"), float).transpose(2, 0, 1)
+    return np.degrees(np.angle(((value / 255) ** 2 * np.exp(2j * np.pi * hue / 255)).sum())) % 360
+
+
+def apart(one, other):
+    return abs((one - other + 180) % 360 - 180)
+
+
+def times(out):
+    return {path: os.stat(f"{out}/{path}").st_mtime_ns for path in images(out)}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """All five raw trees, prepared by one command."""
+    raw, out = tmp_path_factory.mktemp("raw"), tmp_path_factory.mktemp("work") / "out"
+    names = {"casme2": "CASME II", "samm": "SAMM", "mmew": "mmew", "casme3": "CAS(ME)^3", "dfme": "dfme"}
+    made = [maker(f"{raw}/{names[session]}") for session, maker in MAKERS.items()]
+    line = ["prepare", "--raw", raw, "--out", out, "--size", 64, "--sessions", *MAKERS]
+    return {
+        "out": str(out),
+        "line": line,
+        "run": run_data(*line),
+        "expected": {path: angle for expected, _ in made for path, angle in expected.items()},
+        "dropped": [drop for _, dropped in made for drop in dropped],
+    }
+
+
+# ---- what is written, what is left out -------------------------------------------------------------------------------
+def test_every_usable_row_is_written_and_made_of_its_own_frames(prepared):
+    assert prepared["run"].returncode == 0 and prepared["run"].stderr == "", prepared["run"].stderr
+    assert images(prepared["out"]) == set(prepared["expected"])
+    for path, angle in prepared["expected"].items():
+        assert Image.open(f"{prepared['out']}/{path}").size == (64, 64)
+        assert apart(direction(f"{prepared['out']}/{path}"), angle) < 20, path
+
+
+def test_every_other_row_is_reported_with_its_reason(prepared):
+    with open(f"{prepared['out']}/report.csv", encoding="utf-8", newline="") as file:
+        report = list(csv.DictReader(file))
+    assert list(report[0]) == list(data.REPORT)
+    found = [tuple(row[name] for name in ("dataset", "subject", "clip", "reason")) for row in report]
+    assert sorted(found) == sorted(prepared["dropped"])
+    assert [row["row"] for row in report if row["clip"] == "028_4_1"] == ["19"]  # its number in the sheet
+    assert [row["detail"] for row in report if row["clip"] == "EP05_02"] == [
+        "frame 9 in CASME2_RAW_selected/CASME2_RAW_selected/sub17/EP05_02"]  # fmt: skip
+    screen = prepared["run"].stdout
+    assert "left out:     2 rows of samm: apex outside onset..offset" in screen
+    assert "left out:     3 rows of casme2: emotion outside Table 1" in screen
+
+
+def test_counts_of_sheet_table1_and_usable(prepared):
+    rows = [line.split() for line in prepared["run"].stdout.splitlines()]
+    assert ["session", "emotion", "sheet", "Table", "1", "usable"] in rows
+    assert ["casme2", "others", "12", "12", "1"] in rows  # the emotions as they are after normalising
+    assert ["casme2", "fear", "1", "0", "0"] in rows and ["casme2", "(blank)", "1", "0", "0"] in rows
+    assert ["casme2", "all", "22", "19", "5"] in rows and ["samm", "all", "9", "6", "4"] in rows
+    assert ["mmew", "all", "6", "5", "4"] in rows and ["casme3", "all", "14", "14", "5"] in rows
+    assert ["dfme", "sad", "1", "1", "1"] in rows and ["dfme", "all", "3", "3", "3"] in rows
+
+
+def test_sheets_and_settings_are_recorded(prepared):
+    with open(f"{prepared['out']}/prepare.json") as file:
+        record = json.load(file)
+    assert record["size"] == 64 and record["farneback"] == data.FARNEBACK
+    assert record["versions"][0]["opencv"] == cv2.__version__
+    sheets = {session: os.path.basename(one["sheet"]) for session, one in record["sessions"].items()}
+    assert sheets == {
+        "casme2": "CASME2-coding-20140508.xlsx",
+        "samm": "SAMM_Micro_FACS_Codes_v2.xlsx",
+        "mmew": "MMEW_Micro_Exp (20).xlsx",
+        "casme3": "cas(me)3_part_A_ME_label_JpgIndex_v2.xlsx",
+        "dfme": "training_full_with_AU.xlsx",
+    }
+    assert all(len(one["sheet_sha256"]) == 64 for one in record["sessions"].values())
+    for name in sheets.values():
+        assert name in prepared["run"].stdout
+
+
+def test_load_reads_the_prepared_folder(prepared):
+    sessions = {session.name: session for session in data.load(prepared["out"], list(MAKERS), 32)}
+    assert sessions["casme2"].emotions == ["disgust", "happiness", "others", "repression", "surprise"]
+    assert sessions["casme2"].subjects.tolist() == [1, 1, 2, 3, 26]
+    assert sessions["samm"].subjects.tolist() == [6, 11, 13, 32]  # anger, contempt, others, surprise
+    assert sessions["mmew"].subjects.tolist() == [3, 13, 30, 4]  # happiness, others, sad, surprise
+    assert sessions["casme3"].subjects.tolist() == [12, 12, 1, 12, 1]  # anger, fear, happiness, others, sad
+    assert sessions["dfme"].subjects.tolist() == [650, 3, 3]  # contempt, happiness, sad
+    assert sorted(key for one in sessions.values() for key in one.keys) == sorted(prepared["expected"])
+
+
+def test_second_run_does_only_what_is_missing(prepared):
+    out, before = prepared["out"], times(prepared["out"])
+    with open(f"{out}/report.csv") as file:
+        report = file.read()
+    run = run_data(*prepared["line"])
+    assert run.returncode == 0 and times(out) == before
+    with open(f"{out}/report.csv") as file:
+        assert file.read() == report
+    lost = "samm_anger/sub006_006_1_2_onset5562_apex5567.png"
+    with open(f"{out}/{lost}", "rb") as file:
+        content = file.read()
+    os.remove(f"{out}/{lost}")
+    sheet = f"{prepared['line'][2]}/SAMM/SAMM_Micro_FACS_Codes_v2.xlsx"
+    os.renames(sheet, sheet.replace("SAMM_Micro", "sheets/SAMM_Micro"))  # the same sheet somewhere else
+    with open(f"{out}/{lost}.part", "wb") as file:  # what a kill in the middle of writing leaves behind
+        file.write(content[:100])
+    assert len(data.load(out, ["samm"], 32)[0].keys) == 3
+    run = run_data(*prepared["line"][:-5], "samm")  # of one session: the report keeps the others' rows
+    assert run.returncode == 0 and "3 images are there already, 1 to make" in run.stdout
+    after = times(out)
+    assert after.keys() == before.keys() and [path for path in after if after[path] != before[path]] == [lost]
+    with open(f"{out}/{lost}", "rb") as file:
+        assert file.read() == content
+    with open(f"{out}/report.csv") as file:
+        assert sorted(file.read().splitlines()) == sorted(report.splitlines())
+    with open(f"{out}/prepare.json") as file:
+        assert list(json.load(file)["sessions"]) == list(MAKERS)
+
+
+def test_another_size_or_parameter_is_refused(prepared, tmp_path):
+    out, line = prepared["out"], prepared["line"]
+    refused(run_data(*[128 if word == 64 else word for word in line]), out, "size 64", "128", "another --out")
+    with open(f"{out}/prepare.json") as file:
+        kept = file.read()
+    try:
+        with open(f"{out}/prepare.json", "w") as file:
+            file.write(kept.replace('"winsize": 15', '"winsize": 21'))
+        refused(run_data(*line), out, "winsize", "another --out")
+        with open(f"{out}/prepare.json", "w") as file:
+            file.write("[]")
+        refused(run_data(*line), "prepare.json", "another --out")
+    finally:
+        with open(f"{out}/prepare.json", "w") as file:
+            file.write(kept)
+
+
+def test_another_sheet_is_refused(tmp_path):
+    line = ["prepare", "--raw", tiny_casme2(tmp_path), "--out", tmp_path / "out", "--sessions", "casme2", "--size", 64]
+    assert run_data(*line).returncode == 0
+    book(f"{tmp_path}/casme2/CASME2-coding-20140508.xlsx", [CASME2, casme2_row("01", "EP02_01f", 46, 59, 86, "others")])
+    refused(run_data(*line), tmp_path / "out", "casme2 sheet_sha256", "another --out")
+
+
+# ---- layouts ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("frames", [
+    "CASME2-RAW/sub01/EP02_01f/img{}.jpg",
+    "CASME2_RAW/CASME2-RAW/Sub01/ep02_01F/img{}.JPG",
+    "CASME2_RAW_selected/sub01/EP02_01f/img{}.jpeg",
+    "Cropped/sub01/EP02_01f/reg_img{}.jpg",
+    "Cropped-updated/Cropped/sub01/EP02_01f/reg_img{}.bmp",
+    "sub01/EP02_01f/{:05d}.png",
+])  # fmt: skip
+def test_casme2_folders(tmp_path, frames):
+    raw, out = tiny_casme2(tmp_path / "raw", frames=frames, angle=60), str(tmp_path / "out")
+    save(f"{raw}/casme2/{os.path.dirname(frames)}/._img46.jpg", SMALL)  # resource forks of macOS are no frames
+    data.prepare(raw, out, ["casme2"], size=64)
+    assert apart(direction(f"{out}/casme2_happiness/sub01_EP02_01f_onset46_apex59.png"), 60) < 20
+
+
+def test_cropped_frames_are_preferred_without_landmarks_and_raw_frames_with(tmp_path, capsys):
+    raw = tiny_casme2(tmp_path / "raw", angle=60)
+    clip(f"{raw}/casme2/CASME2-RAW/sub01/EP02_01f", "img{}.jpg", 46, 59, 240)
+    os.makedirs(f"{tmp_path}/marks/casme2/sub01")
+    np.save(f"{tmp_path}/marks/casme2/sub01/EP02_01f.npy", landmarks(48, 48, 60))
+    for marks, angle, words in (
+        (None, 60, "cropped frames (the raw ones"),
+        ("marks", 240, "raw frames (the cropped ones"),
+    ):
+        out = f"{tmp_path}/out-{marks}"
+        data.prepare(raw, out, ["casme2"], marks and f"{tmp_path}/{marks}", 64)
+        assert words in capsys.readouterr().out
+        assert apart(direction(f"{out}/casme2_happiness/sub01_EP02_01f_onset46_apex59.png"), angle) < 20
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_csv_sheets(tmp_path, delimiter):
+    root = f"{tmp_path}/raw/samm"
+    clip(f"{root}/006/006_1_2", "006_{:05d}.jpg", 10, 15)
+    lines = [["Subject and frames, see the article"], SAMM, samm_row(6, "006_1_2", 10, 15, 20, "Other"), [""] * 12]
+    with open(f"{root}/SAMM_Micro_FACS_Codes_v2.csv", "w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file, delimiter=delimiter).writerows(lines)
+    data.prepare(f"{tmp_path}/raw", f"{tmp_path}/out", ["samm"], size=64)
+    assert images(f"{tmp_path}/out") == {"samm_others/sub006_006_1_2_onset10_apex15.png"}
+
+
+def test_the_right_one_of_several_sheets(tmp_path, capsys):
+    raw = tiny_casme2(tmp_path, sheet="CASME2-coding-20140508.csv")
+    book(f"{raw}/casme2/CASME2-coding-20190701.xlsx", [CASME2])
+    data.prepare(raw, f"{tmp_path}/one", ["casme2"], size=64)
+    assert "1 rows in CASME2-coding-20140508.csv" in capsys.readouterr().out
+    tiny_casme2(tmp_path, sheet="copy/CASME2-coding-20140508.xlsx")  # the .xlsx is the original
+    data.prepare(raw, f"{tmp_path}/two", ["casme2"], size=64)
+    assert "1 rows in copy/CASME2-coding-20140508.xlsx" in capsys.readouterr().out
+    for names, right in (
+        (("cas(me)3_part_A_MaE_label_JpgIndex_v2.xlsx", "cas(me)3_part_A_ME_label_JpgIndex_v1.xlsx"), 1),
+        (("MMEW_Micro_Exp_v2.xlsx", "MMEW_Micro_Exp.xlsx"), 1),
+        (("MMEW_Micro_Exp.csv", "MMEW_Micro_Exp_new.xlsx"), 0),
+        (("cas(me)3_part_A_MaE_label_JpgIndex_v2.xlsx", "cas(me)3_part_A_ME_label_JpgIndex_v2_refined.xlsx"), 1),
+        (("cas(me)3_part_A_ME_label_JpgIndex_v2.csv", "cas(me)3_part_A_ME_label_JpgIndex_v1.xlsx"), 0),
+        (("test_coding.txt", "testA_full_with_AU.xlsx", "coding.xlsx"), 2),
+    ):
+        session = {"M": "mmew", "c": "casme3", "t": "dfme"}[names[0][0]]
+        paths = [str(tmp_path / name) for name in names]
+        for path in paths:
+            with open(path, "w") as file:
+                file.write(path)
+        assert data._find_sheet(session, tmp_path, paths) == paths[right]
+
+
+# ---- flow and crop ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("angle", range(0, 360, 45))
+def test_hue_is_the_direction_of_a_known_translation(angle):
+    flow = data.flow_between(FACE, moved(FACE, angle, 2.0))
+    expected = 2 * np.cos(np.radians(angle)), 2 * np.sin(np.radians(angle))
+    assert np.abs(np.median(flow[20:-20, 20:-20], (0, 1)) - expected).max() < 0.1  # x to the right, y down
+    rgb = data.flow_to_image(flow[None])[0]
+    middle = rgb.transpose(1, 2, 0)[80:120, 80:120].reshape(-1, 3).mean(0)
+    pure = {0: (1, 0, 0), 45: (1, 0.75, 0), 90: (0.5, 1, 0), 135: (0, 1, 0.25), 180: (0, 1, 1), 225: (0, 0.25, 1),
+            270: (0.5, 0, 1), 315: (1, 0, 0.75)}[angle]  # fmt: skip
+    assert np.abs(middle / middle.max() - pure).max() < 0.15
+
+
+def test_coding_agrees_with_opencv():
+    flow = data.flow_between(FACE, warp(FACE, 4, -3, (120, 80), 25))
+    magnitude, angle = cv2.cartToPolar(flow[..., 0], flow[..., 1])
+    hsv = np.full((*FACE.shape, 3), 255, np.uint8)
+    hsv[..., 0] = angle * 90 / np.pi
+    hsv[..., 2] = cv2.normalize(magnitude, None, 0, 255, cv2.NORM_MINMAX)
+    theirs = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB).astype(int)
+    assert (
+        np.abs(data.flow_to_image(flow[None])[0].transpose(1, 2, 0) - theirs).max() <= 10
+    )  # hue in steps of 2 degrees
+
+
+def brightest(path):
+    """The place (x, y) of the largest motion, from 0 to 1; the image's rim is left out."""
+    value = np.asarray(Image.open(path).convert("HSV"))[..., 2].astype(np.float32)
+    value = cv2.GaussianBlur(value, (0, 0), len(value) / 30)
+    rim = len(value) // 10
+    y, x = np.unravel_index(value[rim:-rim, rim:-rim].argmax(), value[rim:-rim, rim:-rim].shape)
+    return (x + rim) / len(value), (y + rim) / len(value)
+
+
+def landmarks(x, y, side):
+    """68 points (x, y) around the tip of the nose, for which the crop is a square of the given side."""
+    points = np.full((68, 2), (x, y), float)
+    points[[8, 19, 57], 1] = y + side / 3, y - side / 3, y + side / 3 - side / 3
+    return points
+
+
+def test_place_of_a_known_local_warp(tmp_path):
+    raw, frame = tiny_casme2(tmp_path / "raw", frames=None), FACE[:160]  # wider than high
+    folder = f"{raw}/casme2/CASME2-RAW/sub01/EP02_01f"
+    save(f"{folder}/img46.png", frame)
+    save(f"{folder}/img59.png", warp(frame, 4, 0, (130, 60), 16))
+    assert run_data("prepare", "--raw", raw, "--out", tmp_path / "out", "--sessions", "casme2").returncode == 0
+    path = f"{tmp_path}/out/casme2_happiness/sub01_EP02_01f_onset46_apex59.png"
+    assert Image.open(path).size == (256, 256)  # the default
+    assert np.abs(np.subtract(brightest(path), (130 / 200, 60 / 160))).max() < 0.06
+    assert apart(direction(path), 0) < 15
+
+
+def test_crop_box():
+    assert data.crop_box(landmarks(110, 50, 60), 200, 160) == (80, 20, 140, 80)  # (x, y), not swapped
+    assert data.crop_box(landmarks(20, 150, 60), 200, 160) == (0, 120, 50, 160)  # cut off at the edges
+    points = landmarks(100, 80, 60)
+    points[8, 1], points[19, 1], points[57, 1] = 150, 40, 120  # chin, brow, lower lip: side 110 + 30
+    assert data.crop_box(points, 200, 160) == (30, 10, 170, 150)
+    for wrong in (
+        landmarks(320, 90, 60),
+        landmarks(100, 170, 60),
+        landmarks(100, 80, -60),
+        np.zeros((68, 3)),
+        np.full((68, 2), np.nan),
+    ):
+        with pytest.raises(ValueError):
+            data.crop_box(wrong, 200, 160)
+
+
+def test_landmarks_crop_both_frames_at_the_nose(tmp_path):
+    """The nose is at (80, 110), the motion at (105, 85): in the crop (30..130, 60..160) at (3/4, 1/4)."""
+    raw, marks, out = tmp_path / "raw", tmp_path / "marks", tmp_path / "out"
+    row = ("happiness", 46, 59, 86)
+    places = {  # clip folder and landmark file in each dataset's naming
+        "casme2": ("CASME2-RAW/sub01/EP02_01f/img{}.png", "sub01/EP02_01f.npy"),
+        "samm": ("006/006_1_2/006_{:05d}.png", "006/006_1_2.npy"),
+        "mmew": ("Micro_Expression/happiness/S03-01-002/{}.png", "happiness/S03-01-002/S03-01-002.npy"),
+        "casme3": ("part_A/data/spNO.1/a/color/{}.png", "spNO.1/a/color/color.npy"),
+        "dfme": ("train_data/sub0003_01/{:05d}.png", "sub0003_01.npy"),
+    }
+    for session, (frames, file) in places.items():
+        for number, frame in ((46, FACE), (59, warp(FACE, 0, 3, (105, 85), 10))):
+            save(f"{raw}/{session}/{frames.format(number)}", frame)
+        os.makedirs(os.path.dirname(f"{marks}/{session}/{file}"))
+        np.save(f"{marks}/{session}/{file}", landmarks(80, 110, 100))
+    emotion, *numbers = row
+    rows = [casme2_row("01", "EP02_01f", *numbers, emotion), casme2_row("02", "EP01_01", *numbers, emotion),
+            casme2_row("03", "EP01_01", *numbers, emotion), casme2_row("04", "EP01_01", *numbers, emotion)]  # fmt: skip
+    for subject, points in ((3, np.zeros((5, 2))), (4, landmarks(400, 60, 60))):
+        os.makedirs(f"{marks}/casme2/sub0{subject}")
+        np.save(f"{marks}/casme2/sub0{subject}/EP01_01.npy", points)
+    for subject in (2, 3, 4):
+        clip(f"{raw}/casme2/CASME2-RAW/sub0{subject}/EP01_01", "img{}.jpg", 46, 59)
+    book(f"{raw}/casme2/CASME2-coding-20140508.xlsx", [CASME2, *rows])
+    book(f"{raw}/samm/SAMM_Micro_FACS_Codes_v2.xlsx", [SAMM, samm_row("006", "006_1_2", *numbers, emotion)])
+    book(f"{raw}/mmew/MMEW_Micro_Exp.xlsx", [MMEW, [3, "S03-01-002", *numbers, 12, emotion, None]])
+    book(f"{raw}/casme3/cas(me)3_part_A_ME_label_JpgIndex_v2.xlsx", [CASME3, ["spNO.1", "a", *numbers, 12, 1, "happy"]])
+    book(f"{raw}/dfme/coding.xlsx", [DFME, ["sub0003", "sub0003_01", *numbers, emotion, 4, 500, "AU4"]])
+    line = ["prepare", "--raw", raw, "--out", out, "--landmarks", marks, "--size", 120, "--sessions", *places]
+    run = run_data(*line)
+    assert run.returncode == 0, run.stderr
+    assert len(images(out)) == 5
+    for path in images(out):
+        assert np.abs(np.subtract(brightest(f"{out}/{path}"), (0.75, 0.25))).max() < 0.08, path
+        assert apart(direction(f"{out}/{path}"), 90) < 15, path
+    with open(f"{out}/report.csv", newline="") as file:
+        reasons = {row["subject"]: (row["reason"], row["detail"]) for row in csv.DictReader(file)}
+    assert reasons["2"] == ("no landmarks", "") and reasons["3"][0] == reasons["4"][0] == "landmarks cannot be used"
+    assert "(5, 2)" in reasons["3"][1] and "outside" in reasons["4"][1]
+    # Other landmarks, or none, give other images: another folder is needed.
+    np.save(f"{marks}/samm/006/006_1_2.npy", landmarks(120, 60, 60))
+    refused(run_data(*line), out, "samm landmarks_sha256", "another --out")
+    refused(
+        run_data(*[word for word in line if word not in ("--landmarks", marks)]), out, "crop landmarks", "whole frame"
+    )
+    # A session without a folder of landmarks keeps whole frames.
+    os.rename(marks / "samm", marks / "put away")
+    whole = [tmp_path / "whole" if word == out else word for word in line]
+    assert (
+        "samm: 1 rows in SAMM_Micro_FACS_Codes_v2.xlsx, 1 clip folders of raw frames, whole frame"
+        in run_data(*whole).stdout
+    )
+    path = f"{tmp_path}/whole/samm_happiness/sub006_006_1_2_onset46_apex59.png"
+    assert np.abs(np.subtract(brightest(path), (105 / 200, 85 / 200))).max() < 0.08
+
+
+# ---- what users get wrong --------------------------------------------------------------------------------------------
+def test_wrong_raw_folders(tmp_path):
+    refused(run_data("prepare", "--out", tmp_path / "out"), "--raw")
+    refused(run_data("prepare", "--raw", tmp_path), "--out")
+    refused(
+        run_data("prepare", "--raw", tmp_path / "nowhere", "--out", tmp_path / "out"), tmp_path / "nowhere", "--raw"
+    )
+    raw = tiny_casme2(tmp_path / "raw")
+    refused(run_data("prepare", "--raw", raw, "--out", tmp_path / "out"), raw, "samm", "casme2", data.PAGES["samm"][1])
+    inside = f"{raw}/casme2"
+    refused(run_data("prepare", "--raw", inside, "--out", tmp_path / "out", "--sessions", "casme2"), inside, "Cropped",
+            "CASME II", "http://casme.psych.ac.cn/casme/e2")  # fmt: skip
+    raw = tiny_casme2(tmp_path / "other", frames=None)
+    refused(
+        run_data("prepare", "--raw", raw, "--out", tmp_path / "out", "--sessions", "casme2"), raw, "no clip folders"
+    )
+    assert not os.path.exists(tmp_path / "out")
+
+
+@pytest.mark.parametrize("files, words", [
+    ({}, ["CASME2-coding-20140508.xlsx", "no table at all", "http://casme.psych.ac.cn/casme/e2"]),
+    ({"CASME2-ObjectiveClasses.xlsx": [CASME2]}, ["CASME2-coding-20140508.xlsx", "found CASME2-ObjectiveClasses.xlsx"]),
+    ({"CASME2-coding-20140508.xls": "old Excel"}, ["save an .xls as .xlsx", "found CASME2-coding-20140508.xls;"]),
+    ({"CASME2-coding-20140508.xlsx": "<html>Sign in</html>"}, ["20140508.xlsx", "not a readable .xlsx", "zip"]),
+    ({"CASME2-coding-20140508.csv": ""}, ["20140508.csv", "no cell Subject"]),
+    ({"CASME2-coding-20140508.xlsx": [["a", "b"], [1, 2]]}, ["20140508.xlsx", "no cell Subject", "needed: Subject"]),
+    ({"CASME2-coding-20140508.xlsx": [["Subject", "Filename", "OnsetFrame", "Emotion"]]},
+     ["20140508.xlsx", "only the columns Subject, Filename, OnsetFrame, Emotion", "Apex[Frame]", "casme/e2"]),
+    ({"a/CASME2-coding-20140508.xlsx": [CASME2], "b/CASME2-coding-20140508.xlsx": [CASME2, [1]]},
+     ["several sheets", "a/CASME2", "b/CASME2"]),
+])  # fmt: skip
+def test_wrong_sheets(tmp_path, files, words):
+    clip(f"{tmp_path}/raw/casme2/Cropped/sub01/EP02_01f", "reg_img{}.jpg", 46, 59)
+    for name, content in files.items():
+        if isinstance(content, str):
+            with open(f"{tmp_path}/raw/casme2/{name}", "w") as file:
+                file.write(content)
+        else:
+            book(f"{tmp_path}/raw/casme2/{name}", content)
+    run = run_data("prepare", "--raw", tmp_path / "raw", "--out", tmp_path / "out", "--sessions", "casme2")
+    refused(run, *words)
+    assert not os.path.exists(tmp_path / "out")
+
+
+def test_wrong_out(tmp_path, monkeypatch, capsys):
+    raw = tiny_casme2(tmp_path / "raw")
+    line = ["prepare", "--raw", raw, "--sessions", "casme2", "--out"]
+    (tmp_path / "file").write_text("")
+    refused(run_data(*line, tmp_path / "file"), tmp_path / "file", "--out")
+    refused(run_data(*line, tmp_path / "file" / "out"), tmp_path / "file" / "out", "Not a directory")
+    refused(run_data(*line, raw), raw, "not a folder that prepare made")
+
+    def denied(path, mode="r", *arguments, **named):
+        if str(path).startswith(str(tmp_path / "out")):
+            raise PermissionError(13, "Permission denied", path)
+        return open(path, mode, *arguments, **named)
+
+    monkeypatch.setattr(data, "open", denied, raising=False)  # root may write anywhere
+    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, line), str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stop:
+        data.main()
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1
+    assert message.startswith(f"error: {tmp_path}/out") and "Permission denied" in message
+
+
+def test_wrong_landmarks(tmp_path):
+    raw = tiny_casme2(tmp_path / "raw")
+    line = ["prepare", "--raw", raw, "--sessions", "casme2", "--out", tmp_path / "out", "--landmarks"]
+    refused(run_data(*line, tmp_path / "nowhere"), tmp_path / "nowhere", "--landmarks")
+    refused(run_data(*line, tmp_path), tmp_path, "none of the folders casme2")
+    os.makedirs(tmp_path / "marks" / "casme2" / "sub01")
+    refused(run_data(*line, tmp_path / "marks"), tmp_path / "marks" / "casme2", "no landmark files")
+
+
+@pytest.mark.parametrize("module, package", [("cv2", "opencv-python-headless"), ("openpyxl", "openpyxl")])
+def test_missing_packages_are_named(tmp_path, module, package):
+    raw = tiny_casme2(tmp_path / "raw")
+    os.makedirs(tmp_path / "hidden")
+    (tmp_path / "hidden" / f"{module}.py").write_text("raise ImportError")
+    line = ["prepare", "--raw", raw, "--sessions", "casme2", "--out", tmp_path / "out"]
+    refused(run_data(*line, PYTHONPATH=str(tmp_path / "hidden")), package, f"pip install {package}")
+
+
+def test_help_names_the_expected_folders():
+    run = run_data("prepare", "--help")
+    assert run.returncode == 0
+    for word in (
+        "Cropped/sub01/EP02_01f/reg_img46.jpg",
+        "spNo.1_a_355",
+        "SAMM_Micro_FACS_Codes_v2.xlsx",
+        "landmarks.zip",
+    ):
+        assert word in run.stdout
 
 
 # ---- python test_all.py --bench --------------------------------------------------------------------------------------
