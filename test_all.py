@@ -387,6 +387,8 @@ def test_readme_commands(tmp_path):
     """Every command of the README runs, in its order; what trains, for one epoch on one fold in the tiny preset."""
     commands = readme_commands()
     assert len(commands) >= 5
+    for session, maker in MAKERS.items():
+        maker(f"{tmp_path}/raw/{session}")  # for the prepare command
     for line in commands:
         words = line.split("#")[0].split()[1:]
         if words[0][:-3] in METHODS:
@@ -402,6 +404,75 @@ def test_readme_line_counts():
     for name, count in counts.items():
         with open(os.path.join(HERE, name)) as file:
             assert int(count) == len(file.readlines()), name
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+def test_loso_pools_over_subjects(watch, monkeypatch):
+    """One fold per subject of CASME II, and by hand: folds of 3 and 1 samples count by sample, not by fold."""
+    flags = ["--protocol", "loso", "--sessions", "casme2", "--epochs-first", "1"]
+    folds = watch("finetune", *flags, "--folds", "0", "25")
+    assert list(folds) == [0, 25] and all(len(set(fold["subjects"])) == 1 for fold in folds.values())
+    emotions = np.array(data.TABLE1["casme2"])
+
+    def fold(labels, answers):
+        scores = np.eye(5, dtype=np.float32)[answers]
+        return {"scores_0": scores, "labels": emotions[labels], "emotions": emotions, "row_emotion": np.arange(5),
+                "row_session": np.zeros(5, int), "train_counts": np.ones((1, 5), int),
+                "session": np.zeros(len(labels), int)}  # fmt: skip
+
+    hand = {0: fold([0, 0, 1], [0, 1, 1]), 1: fold([1], [0])}  # true 0 0 1 1, answers 0 1 1 0
+    info = {"protocol": "loso", "sessions": ["casme2"], "logits": True}
+    assert protocols.values(info, hand) == (["accuracy", "F1", "UAR"], [50.0, 50.0, 50.0], [None] * 3)
+    hand[1] = fold(
+        [1, 2], [1, 0]
+    )  # true 0 0 1 1 2, answers 0 1 1 1 0: F1 = (2/4 + 4/5 + 0) / 3, UAR = (1/2 + 1 + 0) / 3
+    assert protocols.values(info, hand)[1] == pytest.approx([60.0, 130 / 3, 50.0])
+
+
+def test_paper_stands_beside_comparable_runs_only(watch, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(common, "load_sessions", lambda args: small_stream())
+    watch("ranpac", "--features", "frozen", *SHORT)
+    ((folder, info, folds),) = protocols.find_runs(str(tmp_path / "results"))
+    assert "the paper" not in protocols.table([(folder, info, folds)])
+    real = info | {"synthetic": False, "preset": "paper", "variant": "", "changed": []}
+    (line,) = [line for line in protocols.table([(folder, real, folds)]).splitlines() if "the paper" in line]
+    assert line == "| vit | ranpac, the paper | 53.23 | 46.18 | 50.50 | 43.84 | 48.44 | 43.84 |"
+    assert "53.23" in protocols.summarise(real, folds)
+    for change in ({"synthetic": True}, {"preset": "tiny"}, {"variant": "frozen"}, {"changed": ["lr=1"]},
+                   {"default_sessions": False}):  # fmt: skip
+        assert protocols.papers(real | change) is None
+    loso = real | {"protocol": "loso", "sessions": ["casme2"], "method": "finetune"}
+    assert protocols.papers(loso) == (76.6, 72.3, 71.9)
+    # The table's printed means are those of the paper's own columns.
+    for row in protocols.TABLE2.values():
+        assert np.mean(row[:4]) == pytest.approx(row[4], abs=0.011) and row[3] == row[5]
+
+    protocols.write_csv([(folder, real, folds)], str(tmp_path / "all.csv"))
+    with open(tmp_path / "all.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["remap"] for line in lines] == ["sum", "max"]
+    expected = protocols.curve(folds)[0]
+    assert [float(lines[0][c]) for c in ("S1", "S4", "A-bar")] == pytest.approx(expected[[0, 3, 4]], abs=1e-3)
+    protocols.plot([(folder, real, folds), (folder, real | {"backbone": "swin"}, folds)], str(tmp_path / "plot.png"))
+    assert Image.open(tmp_path / "plot.png").width > 400
+
+
+def test_fifth_session(watch):
+    flags = ["--sessions", "casme2", "dfme", "--features", "pixels"]
+    (fold,) = watch("ranpac", *flags, "--folds", "0").values()
+    assert fold["scores_1"].shape[1] == 12 and len(fold["emotions"]) == 9  # disgust, happiness and surprise are shared
+
+
+def test_forgetting_and_sources_by_hand():
+    emotions = np.array(["disgust", "anger"])
+    fold = {"scores_0": np.float32([[1], [1]]), "scores_1": np.float32([[0, 1], [1, 0], [0, 1], [0, 1]]),
+            "labels": np.array(["disgust", "disgust", "anger", "disgust"]), "emotions": emotions,
+            "session": np.array([0, 0, 1, 1]), "row_emotion": np.arange(2), "row_session": np.arange(2),
+            "train_counts": np.array([[3, 0], [3, 3]])}  # fmt: skip
+    matrix = protocols.per_source({0: fold})
+    assert matrix[0, 0] == 1 and matrix[1].tolist() == [0.5, 0.5] and np.isnan(matrix[0, 1])
+    assert protocols.forgetting({0: fold}) == 0.5
+    assert protocols.majority(fold, 1) == 0.75
 
 
 # ---- what is trained and what is frozen ------------------------------------------------------------------------------
@@ -1426,6 +1497,14 @@ def test_load_reads_the_prepared_folder(prepared):
     assert sessions["casme3"].subjects.tolist() == [12, 12, 1, 12, 1]  # anger, fear, happiness, others, sad
     assert sessions["dfme"].subjects.tolist() == [650, 3, 3]  # contempt, happiness, sad
     assert sorted(key for one in sessions.values() for key in one.keys) == sorted(prepared["expected"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_prepared_folder_runs_through_every_method(prepared, watch, method):
+    flags = ["--data", prepared["out"], "--sessions", "casme2", "casme3", "--preset", "tiny"]
+    (fold,) = watch(method, *flags, *SHORT).values()
+    assert fold["keys"].tolist() == [path for path in fold["keys"].tolist() if path in prepared["expected"]]
+    assert len(fold["scores_1"]) == 2 and fold["scores_1"].shape[1] == 5 + 7
 
 
 def test_second_run_does_only_what_is_missing(prepared):
