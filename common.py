@@ -203,7 +203,7 @@ def tiny_backbone(name):
 
 
 def require_plain_vit(args):
-    """End with one line unless --backbone is a ViT that prompts can be put into. Nothing is loaded for this check.
+    """End with one line unless --backbone is a ViT that prompts can be put into. No weights are loaded for this check.
 
     It must be exactly timm's VisionTransformer with plain blocks, a class token that has a position, and no other token
     beside the patches. The prompt methods take its parts and put them together again (l2p.py, dualprompt.py); any other
@@ -212,11 +212,10 @@ def require_plain_vit(args):
     import timm
     from timm.models import vision_transformer
 
-    with torch.device("meta"):  # the structure alone, without memory
-        if args.preset == "tiny":
-            vit = tiny_backbone(args.backbone)
-        else:
-            vit = timm.create_model(CHECKPOINTS.get(args.backbone, args.backbone), num_classes=0)
+    if args.preset == "tiny":
+        vit = tiny_backbone(args.backbone)
+    else:
+        vit = timm.create_model(CHECKPOINTS.get(args.backbone, args.backbone), num_classes=0)  # random weights
 
     def plain(block):
         extras = getattr(block.attn, "gate", None), getattr(block.attn, "norm", None)
