@@ -252,7 +252,7 @@ def _load_weights(backbone, path):
             state = torch.load(path, map_location="cpu", weights_only=True)
             for inner in ("state_dict", "model"):  # the usual wrappings
                 state = state.get(inner, state)
-            state = {key: value for key, value in state.items() if torch.is_tensor(value)}
+            state = {key: value for key, value in state.items() if isinstance(key, str) and torch.is_tensor(value)}
     except Exception as error:  # a broken file can raise almost anything
         data.fail(
             f"{path}: not a readable weight file ({(str(error).splitlines() or [type(error).__name__])[0][:120]})"

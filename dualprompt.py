@@ -82,18 +82,20 @@ class Prompts(nn.Module):
 
     def __init__(self, vit, length):
         super().__init__()
-        heads = vit.blocks[0].attn.num_heads
+        heads, self.device = vit.blocks[0].attn.num_heads, vit.pos_embed.device
         self.shape = (2, length, heads, vit.num_features // heads)  # [K, V], L, heads, d / heads
-        self.g = nn.Parameter(torch.empty(len(G_BLOCKS), *self.shape).uniform_(-1, 1))
+        self.g = nn.Parameter(self.random(G_BLOCKS))
         self.e = nn.ParameterList()
-        self.register_buffer("keys", torch.empty(0, vit.num_features))
+        self.register_buffer("keys", torch.empty(0, vit.num_features, device=self.device))
+
+    def random(self, blocks):
+        return torch.empty(len(blocks), *self.shape, device=self.device).uniform_(-1, 1)
 
     def grow(self, q):
         """Add an e prompt, a copy of the last one, and the key of the training queries q (N, d)."""
-        start = self.e[-1].detach().clone() if len(self.e) else torch.empty(len(E_BLOCKS), *self.shape).uniform_(-1, 1)
         for old in self.e:
             old.requires_grad_(False)
-        self.e.append(nn.Parameter(start.to(q.device)))
+        self.e.append(nn.Parameter(self.e[-1].clone() if len(self.e) else self.random(E_BLOCKS)))
         self.keys = torch.cat([self.keys, F.normalize(q, dim=1).mean(0, keepdim=True)])
 
     def choose(self, q):
@@ -137,7 +139,7 @@ def main():
         # ---- a trial begins: fold i of every session ----
         common.seed(args, fold)
         rows = rch.RCH()
-        prompts = Prompts(vit, args.length).to(args.device)
+        prompts = Prompts(vit, args.length)
         heads = nn.ModuleList()
         test_images, test_queries = [], []
 

@@ -65,10 +65,10 @@ SETTINGS = {  # paper, tiny
 class PromptPool(nn.Module):
     """P prompts of L tokens with a key each, all d wide: prompts (P, L, d), keys (P, d)."""
 
-    def __init__(self, count, length, width):
+    def __init__(self, count, length, width, device=None):
         super().__init__()
-        self.prompts = nn.Parameter(torch.empty(count, length, width).uniform_(-1, 1))
-        self.keys = nn.Parameter(torch.empty(count, width).uniform_(-1, 1))
+        self.prompts = nn.Parameter(torch.empty(count, length, width, device=device).uniform_(-1, 1))
+        self.keys = nn.Parameter(torch.empty(count, width, device=device).uniform_(-1, 1))
 
     def choose(self, q, count):
         """The keys nearest to each query (B, d), sample by sample: indices and cosines, (B, count) each."""
@@ -108,7 +108,7 @@ def main():
         # ---- a trial begins: fold i of every session ----
         common.seed(args, fold)
         rows = rch.RCH()
-        pool = PromptPool(args.pool, args.length, d).to(args.device)
+        pool = PromptPool(args.pool, args.length, d, args.device)
         heads = nn.ModuleList()
         test_images, test_queries = [], []
 

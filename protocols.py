@@ -256,11 +256,13 @@ def _read_info(path):
     try:
         with open(path) as file:
             info = json.load(file)
-        return (
-            info if isinstance(info, dict) and "fold_count" in info else fail(f"{path}: not a run.json of this project")
-        )
     except (OSError, ValueError) as error:
         fail(f"{path}: cannot be read ({error})")
+    needed = {"fold_count": int, "sessions": list, "changed": list, "seed": int, "logits": bool, "synthetic": bool}
+    needed |= dict.fromkeys(("method", "variant", "backbone", "protocol", "preset", "checkpoint"), str)
+    if not isinstance(info, dict) or not all(isinstance(info.get(name), kind) for name, kind in needed.items()):
+        fail(f"{path}: not a run.json of this project")
+    return info
 
 
 def read_folds(folder, info):

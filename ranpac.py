@@ -92,7 +92,7 @@ class LowRankRidge:
             [F.pad(self.z.to(h.device), (0, y.shape[1] - self.z.shape[1])), y]
         )  # T (r + n, C): S^T T is the new Q
         w, u = torch.linalg.eigh(s @ s.T)  # S S^T = U diag(w) U^T, so (U^T S)(U^T S)^T = diag(w)
-        keep = w > 1e-13 * w.max()  # directions that are only rounding errors
+        keep = w > 1e-13 * w.max()  # the other directions are only rounding errors
         self.w, u = w[keep], u[:, keep]
         self.r, self.z = u.T @ s, u.T @ t
 

@@ -1132,6 +1132,204 @@ def test_weight_files_of_every_kind(watch, monkeypatch, tmp_path):
         shutil.rmtree(tmp_path / "results")
 
 
+# ---- other devices, more devices -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", METHODS)
+def test_every_tensor_is_on_the_device(method, monkeypatch, tmp_path):
+    """Without a GPU: torch's fake tensors "on cuda" refuse to mix devices. Two sessions, from growth to prediction."""
+    from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    class Done(Exception):
+        pass
+
+    module, make, shapes, steps = importlib.import_module(method), common.make_backbone, [], []
+
+    def fake_backbone(args):
+        with unset_fake_temporarily():
+            backbone = make(tiny_args(args.backbone))
+        return backbone._apply(lambda p: torch.empty(p.shape, dtype=p.dtype, device=args.device))
+
+    def backward(loss):
+        assert loss.device.type == "cuda" and loss.ndim == 0
+        steps.append(1)
+
+    def record(self, fold, t, rows, scores, **others):
+        assert all(values.device.type == "cpu" for values in (scores, *others.values()))
+        shapes.append(scores.shape[1])
+        if t == 1:
+            raise Done
+
+    def choose_lambda(h, y):  # the real one looks at numbers, which fake tensors do not have
+        assert h.device.type == y.device.type == "cuda" and len(h) == len(y)
+        return 1.0
+
+    def update(self, h, y):  # so does the real one; its result is of this kind
+        assert h.device.type == y.device.type == "cuda" and len(h) == len(y)
+        self.r, self.z, self.w = h.double(), y.double(), torch.ones(len(h), dtype=torch.float64, device=h.device)
+
+    monkeypatch.setattr(common, "load_sessions", lambda args: small_stream(8)[:2])
+    monkeypatch.setattr(common, "_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(common, "make_backbone", fake_backbone)
+    monkeypatch.setattr(common, "require_plain_vit", lambda args: None)
+    monkeypatch.setattr(common, "check_finite", lambda *args: None)
+    monkeypatch.setattr(ranpac, "choose_lambda", choose_lambda)
+    monkeypatch.setattr(ranpac.LowRankRidge, "update", update)
+    monkeypatch.setattr(protocols.Run, "record", record)
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    monkeypatch.setattr(sys, "argv", [module.__file__, *SHORT, *TWO, "--out", str(tmp_path / "results")])
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()), pytest.raises(Done):
+        module.main()
+    assert shapes == [5, 10] and steps
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bfloat16_autocast(method, watch, monkeypatch):
+    """What CUDA does in training, on the CPU: the run ends with finite scores in float32."""
+    monkeypatch.setattr(common, "load_sessions", lambda args: small_stream()[:2])
+    monkeypatch.setattr(common, "autocast", lambda args: torch.autocast("cpu", torch.bfloat16))
+    (fold,) = watch(method, *SHORT, *TWO).values()
+    assert np.isfinite(fold["scores_1"]).all() and fold["scores_1"].dtype == np.float32
+
+
+def test_two_processes_make_the_files_of_one(tmp_path):
+    flags = [os.path.join(HERE, "ranpac.py"), "--epochs-first", "1", *TWO, "--folds", "0", "1", "3"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for words, out in (([sys.executable], "one"), (torchrun, "two")):
+        done = subprocess.run(
+            [*words, *flags, "--out", out], cwd=tmp_path, capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+    assert same(results(tmp_path / "one"), results(tmp_path / "two")) and len(results(tmp_path / "two")) == 3
+
+
+def test_two_jobs_share_a_results_folder(tmp_path):
+    flags = [sys.executable, os.path.join(HERE, "ranpac.py"), "--features", "pixels", *TWO]
+    jobs = [subprocess.Popen([*flags, "--folds", fold], cwd=tmp_path, stdout=subprocess.PIPE) for fold in "04"]
+    assert [job.communicate() and job.returncode for job in jobs] == [0, 0]
+    assert list(results(tmp_path / "results")) == [0, 4]
+
+
+# ---- malformed input, by a seeded generator --------------------------------------------------------------------------
+def png(mode="RGB", **flags):
+    file = io.BytesIO()
+    Image.new(mode, (20, 14), 7).save(file, "PNG", **flags)
+    return file.getvalue()
+
+
+BAD_IMAGES = {  # each makes the bytes of one image file
+    "truncated": lambda random: png()[: random.randint(1, len(png()) - 12)],
+    "empty": lambda random: b"",
+    "noise": lambda random: random.bytes(random.randint(1, 400)),
+    "noise inside": lambda random: png()[:30] + random.bytes(9) + png()[39:],
+    "huge": lambda random: png()[:16] + random.randint(30_000, 60_000, 2).astype(">u4").tobytes() + png()[24:],
+    "16 bit": lambda random: png("I;16"),
+    "palette": lambda random: png("P"),
+    "alpha": lambda random: png("RGBA"),
+    "grey": lambda random: png("L"),
+    "grey and alpha": lambda random: png("LA"),
+    "one bit": lambda random: png("1"),
+    "animated": lambda random: png(save_all=True, append_images=[Image.new("RGB", (20, 14), random.randint(255))]),
+}
+
+
+def ends_well(run, capsys):
+    """run() works, or ends with status 2 and one line. Returns the line, or None."""
+    capsys.readouterr()
+    try:
+        run()
+        return None
+    except SystemExit as stop:
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert stop.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+        return lines[0]
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("kind", BAD_IMAGES)
+def test_malformed_images(kind, tmp_path, capsys):
+    random = np.random.RandomState(list(BAD_IMAGES).index(kind))
+    for i in range(4):
+        write_images(tmp_path, ["samm_anger/1.png"])
+        (tmp_path / "samm_anger" / f"2_{i}.png").write_bytes(BAD_IMAGES[kind](random))
+        line = ends_well(lambda: data.load(str(tmp_path), ["samm"], 8), capsys)
+        readable = kind in ("16 bit", "palette", "alpha", "grey", "grey and alpha", "one bit", "animated")
+        assert (line is None) == readable or kind in ("noise inside", "truncated")  # the last bytes may not matter
+        assert line is None or f"2_{i}.png" in line
+        (tmp_path / "samm_anger" / f"2_{i}.png").unlink()
+
+
+def test_odd_names_and_links(tmp_path, capsys):
+    names = ["samm_anger/6_\u00e9\u4e2d.png", "samm_anger/7_" + "x" * 240 + ".png", "samm_anger/8 a b.png"]
+    write_images(tmp_path, names)
+    (session,) = data.load(str(tmp_path), ["samm"], 8)
+    assert sorted(session.keys) == sorted(names) and sorted(session.subjects.tolist()) == [6, 7, 8]
+    os.symlink(tmp_path / "samm_fear", tmp_path / "samm_fear")  # a folder that is a link to itself is no folder
+    os.symlink(tmp_path / "samm_anger", tmp_path / "samm_anger" / "loop")  # nor is a folder among the images an image
+    assert len(data.load(str(tmp_path), ["samm"], 8)[0].keys) == 3
+    os.symlink(tmp_path / "samm_anger" / "9.png", tmp_path / "samm_anger" / "9.png")
+    assert "9.png" in ends_well(lambda: data.load(str(tmp_path), ["samm"], 8), capsys)
+
+
+def test_malformed_weight_files(tmp_path, capsys):
+    random = np.random.RandomState(0)
+    path = tmp_path / "weights.pt"
+    with open(os.path.join(HERE, "tiny", "vit.pt"), "rb") as file:
+        good = file.read()
+    broken = [b"", random.bytes(500), good[: random.randint(len(good))], good[:-9], png()]
+    others = [
+        [1, 2],
+        {3: torch.ones(2)},
+        {"state_dict": None},
+        {"model": {"x": 1}},
+        torch.ones(3),
+        argparse.Namespace(a=1),
+    ]
+    for content in broken + others:
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save(content, path)
+        line = ends_well(lambda: common.make_backbone(tiny_args("vit", str(path))), capsys)
+        assert line and str(path) in line
+        os.replace(path, tmp_path / "weights.safetensors")
+        assert ends_well(lambda: common.make_backbone(tiny_args("vit", str(tmp_path / "weights.safetensors"))), capsys)
+
+
+def test_malformed_results(watch, tmp_path, capsys, monkeypatch):
+    flags = ["ranpac", "--features", "pixels", *TWO, "--folds", "0"]
+    watch(*flags)
+    ((folder, _, _),) = protocols.find_runs(str(tmp_path / "results"))
+    path, random = os.path.join(folder, "fold0.npz"), np.random.RandomState(0)
+    with open(path, "rb") as file:
+        good = file.read()
+    pickled = io.BytesIO()
+    np.savez(pickled, identity=np.array([{"a": 1}], object))
+
+    def report():
+        monkeypatch.setattr(sys, "argv", ["protocols.py", str(tmp_path / "results")])
+        protocols.main()
+
+    for content in (
+        b"",
+        random.bytes(300),
+        good[: len(good) // 2],
+        pickled.getvalue(),
+        b"PK\x03\x04" + random.bytes(50),
+    ):
+        with open(path, "wb") as file:
+            file.write(content)
+        assert "fold0.npz" in ends_well(report, capsys)
+        assert "fold0.npz" in ends_well(lambda: watch(*flags, "--resume"), capsys)
+    os.remove(path)
+    for content in (b"", b"{", b"[]", b"3", b"{}", random.bytes(40), b'{"fold_count": "x"}'):
+        with open(os.path.join(folder, "run.json"), "wb") as file:
+            file.write(content)
+        assert ends_well(report, capsys)
+        assert ends_well(lambda: watch(*flags, "--resume"), capsys)
+    watch(*flags)  # without --resume a broken folder is simply written anew
+
+
 # ---- prepare ---------------------------------------------------------------------------------------------------------
 # Small raw trees in every layout, naming and oddity of the official downloads. The frames are a real face, warped by a
 # known field between onset and apex. Each usable row has its own direction of motion, so the hue of an image tells
