@@ -292,7 +292,7 @@ def export(out, size):
     print(f"{out}: {count} synthetic images of {size} x {size} pixels")
 
 
-def show(sessions, out, each=3, side=72):
+def show(sessions, out, each=3, side=56):
     """Contact sheet: one row per session; of each emotion, by name, one image of each of the first `each` subjects."""
     widest = max(len(TABLE1[session.name]) for session in sessions)
     margin, gap, band = 70, 10, 16
