@@ -428,8 +428,8 @@ def find_runs(root):
                 runs.append((folder, info, folds))
     if not runs:
         fail(f"{root}: holds no finished fold of any run")
-    names = "protocol", "synthetic", "sessions", "preset", "seed", "backbone", "variant", "method", "changed"
-    return sorted(runs, key=lambda run: [str(run[1][name]) for name in names])
+    names = "protocol", "synthetic", "sessions", "preset", "seed", "backbone", "variant", "method"
+    return sorted(runs, key=lambda run: [*(str(run[1][word]) for word in names), " ".join(run[1]["changed"])])
 
 
 def values(info, folds, how="sum"):
@@ -467,26 +467,31 @@ def table(runs, how="sum"):
     """The runs as Markdown, one table per protocol and kind of data, in the columns of the paper's Tables 2 and 3.
 
     Cells are mean ± standard deviation over folds, in %, pooled over all subjects for LOSO. Controls are rows of their
-    own; the paper's row stands under a run that is comparable with it.
+    own; the paper's row stands under a run that is comparable with it. Beside eq. 3's sum stands the last accuracy by
+    prob. Scores that are no logits (RanPAC's) are always summed.
     """
     lines, last = [], None
     for _, info, folds in runs:
-        columns, means, spreads = values(info, folds, how)
+        loso = info["protocol"] == "loso"
+        columns, means, spreads = values(info, folds, how if info["logits"] else "sum")
         if title(info) != last:
             last = title(info)
-            head = ["backbone", "method", *columns]
+            head = ["backbone", "method", *columns] + ["A-tilde by prob"] * (how == "sum" and not loso)
             lines += ["", f"**{last}** (remapped by {how})", "", row(head), "|" + "---|" * len(head)]
-            if info["protocol"] != "loso":
-                often = [
-                    100 * np.mean([majority(fold, t) for fold in folds.values()]) for t in range(len(info["sessions"]))
-                ]
+            if not loso:
+                often = [100 * np.mean([majority(fold, t) for fold in folds.values()]) for t in range(len(columns) - 2)]
                 often = [f"{v:.2f}" for v in (*often, np.mean(often), often[-1])]
-                lines.append(row(["-", "always the commonest emotion", *often]))
+                lines.append(
+                    row(["-", "always the commonest emotion", *often] + ["-"] * (len(head) - len(columns) - 2))
+                )
         cells = [f"{v:.2f}" if s is None else f"{v:.2f} ± {s:.2f}" for v, s in zip(means, spreads)]
+        if how == "sum" and not loso:
+            cells.append(f"{values(info, folds, 'prob')[1][-1]:.2f}" if info["logits"] else "-")
         missing = "" if len(folds) == info["fold_count"] else f" ({len(folds)} of {info['fold_count']} folds)"
         lines.append(row([info["backbone"], name(info) + missing, *cells]))
         if papers(info):
-            lines.append(row([info["backbone"], f"{info['method']}, the paper", *(f"{v:.2f}" for v in papers(info))]))
+            paper = [f"{v:.2f}" for v in papers(info)] + ["-"] * (len(head) - len(columns) - 2)
+            lines.append(row([info["backbone"], f"{info['method']}, the paper", *paper]))
     return "\n".join(lines[1:])
 
 
