@@ -9,6 +9,7 @@ and looks at its local variables whenever a session has been tested.
 """
 
 import argparse
+import collections
 import concurrent.futures
 import contextlib
 import copy
@@ -18,11 +19,13 @@ import importlib
 import io
 import json
 import os
+import platform
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import cv2
@@ -2049,22 +2052,32 @@ def test_help_names_the_expected_folders():
 
 
 # ---- python test_all.py --bench --------------------------------------------------------------------------------------
-def bench():
-    """Print what this machine measures. Only the ratios mean anything on another one."""
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}")
-
-    def seconds(work):
+def seconds(work, repeat=1):
+    """Wall seconds of work(), the least of `repeat` tries."""
+    times = []
+    for _ in range(repeat):
         begin = time.perf_counter()
         work()
-        return time.perf_counter() - begin
+        times.append(time.perf_counter() - begin)
+    return min(times)
 
+
+def bench():
+    """Print what this machine measures. Only the ratios mean anything on another one."""
+    threads, today = torch.get_num_threads(), time.strftime("%Y-%m-%d")
+    print(f"torch {torch.__version__}, {threads} threads, {platform.machine()} {platform.system()}, {today}")
+    bench_ridge()
+    bench_training()
+    bench_commands()
+
+
+def bench_ridge():
     print("\nRidge over four sessions, M = 10000, the benchmark's sample counts (197, 108, 233, 688 to train on)")
     m, hs, ys, rows = 10_000, [], [], 0
     for n, count in zip((197, 108, 233, 688), (5, 5, 6, 7)):
         hs.append(torch.randn(n, 96).matmul(torch.randn(96, m)).relu())
-        ys.append(F.one_hot(torch.randint(count, (n,)) + rows))
+        ys.append(F.pad(F.one_hot(torch.randint(count, (n,)), count), (rows, 0)))
         rows += count
-        ys[-1] = F.pad(ys[-1], (0, rows - ys[-1].shape[1]))
     ridge = ranpac.LowRankRidge(m)
 
     def session(h, y):
@@ -2074,39 +2087,126 @@ def bench():
 
     low_rank = [seconds(lambda h=h, y=y: session(h, y)) for h, y in zip(hs, ys)]
     print("low rank, 17 lambdas, float64, seconds per session: " + ", ".join(f"{s:.2f}" for s in low_rank))
-    h, y = hs[0].double(), ys[0].double()
-    g = h.T @ h + torch.eye(m, dtype=torch.float64)
-    once = seconds(lambda: torch.linalg.solve(g, h.T @ y))
+    g, q = hs[0].double().T @ hs[0].double() + torch.eye(m, dtype=torch.float64), hs[0].double().T @ ys[0].double()
+    once = seconds(lambda: torch.linalg.solve(g, q))
     dense = 4 * (len(ranpac.LAMBDAS) + 1) * once
     print(
         f"dense M x M, float64: one solve {once:.1f} s; 4 sessions x (17 lambdas + 1) = {dense:.0f} s, scaled from it"
     )
     print(f"dense / low rank = {dense / sum(low_rank):.0f}")
+    for name, sizes in (("samples", [(200, m), (400, m), (800, m)]), ("M", [(400, m // 4), (400, m // 2), (400, m)])):
+        times = []
+        for n, width in sizes:
+            h, y = torch.randn(n, width), F.one_hot(torch.randint(7, (n,)), 7)
+            times.append(seconds(lambda h=h, y=y, width=width: ranpac.LowRankRidge(width).update(h, y), 3))
+        print(f"one update, {name} doubled twice: " + ", ".join(f"x {t / times[0]:.1f}" for t in times))
 
-    print("\nTiny backbones, training, batch 32 (forward, loss, backward, fused AdamW)")
+
+def bench_training():
+    print("\nTiny backbones on two threads, batch 32: training (forward, loss, backward, fused AdamW), and features")
+    cost = {}
     for name in common.CHECKPOINTS:
         args = tiny_args(name, "none")
         backbone = common.make_backbone(args).train()
         optimizer = torch.optim.AdamW(backbone.parameters(), 1e-4, fused=True)
-        images = torch.zeros(32, 3, common.TINY_SIZE, common.TINY_SIZE, dtype=torch.uint8)
+        images = torch.zeros(1024, 3, common.TINY_SIZE, common.TINY_SIZE, dtype=torch.uint8)
 
-        def step(backbone=backbone, optimizer=optimizer, images=images, args=args):
-            loss = backbone(common.normalize(images, args)).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        def epoch(backbone=backbone, optimizer=optimizer, images=images, args=args):
+            for part in images.split(32):
+                loss = backbone(common.normalize(part, args)).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
 
-        for _ in range(5):
-            step()
-        print(f"{name:7s} {32 * 30 / seconds(lambda: [step() for _ in range(30)]):.0f} images/s")
+        epoch()
+        train = seconds(epoch, 2) / 1024
+        backbone.eval()
+        cost[name] = train, seconds(lambda b=backbone, x=images, a=args: common.extract(b, x, a), 2) / 1024
+        print(f"{name:7s} {1 / train:6.0f} images/s trained, {1 / cost[name][1]:6.0f} images/s seen")
 
-    print("\nWhole commands, tiny preset, ilcv, five folds")
+    print("\nThe training loop of finetune.py (whole session, its test included) / bare forward, backward and step")
+    epochs, out = 30, tempfile.mkdtemp()
+    sys.argv = [finetune.__file__, "--sessions", "casme2", "--folds", "0", "--epochs-first", str(epochs), "--out", out]
+    with contextlib.redirect_stdout(io.StringIO()):
+        finetune.main()
+    loop = results(out)[0]["seconds"][0]
+    args = tiny_args("vit")
+    network = torch.nn.Sequential(common.make_backbone(args), torch.nn.Linear(96, 5)).train()
+    optimizer = torch.optim.AdamW(network.parameters(), 5e-4, fused=True)
+    (session,) = data.synthetic(common.TINY_SIZE, sessions=["casme2"])
+    parts = common.normalize(torch.from_numpy(session.images[:196]), args).split(32)
+    labels = torch.randint(5, (196,)).split(32)
+
+    def bare():
+        for _ in range(epochs):
+            for x, y in zip(parts, labels):
+                loss = F.cross_entropy(network(x), y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+
+    print(f"{loop / seconds(bare):.2f}")
+    shutil.rmtree(out)
+
+    print(
+        "\nFrozen features recomputed in every epoch / kept, one trial of the tiny preset, from the costs above (vit)"
+    )
+    n, (train, see) = [197, 109, 234, 688], cost["vit"]
+    kept = {  # passes: (trained, seen without gradients inside training when kept, when recomputed)
+        "der": (10 * n[0] + 3 * sum(n[1:]), sum(t * n[t] for t in range(4)), 3 * sum(t * n[t] for t in range(4))),
+        "foster": (10 * n[0] + 6 * sum(n[1:]), 2 * sum(n[1:]), 3 * (1 + 2) * sum(n[1:])),
+        "l2p": (10 * n[0] + 3 * sum(n[1:]), 1534 / 5, 10 * n[0] + 3 * sum(n[1:])),
+        "dualprompt": (10 * n[0] + 3 * sum(n[1:]), 1534 / 5, 10 * n[0] + 3 * sum(n[1:])),
+    }
+    for method, (trained, once, again) in kept.items():
+        print(f"{method:11s} {(trained * train + again * see) / (trained * train + once * see):.2f}")
+
+
+def bench_commands():
+    print("\nWhere the seconds of python ranpac.py --backbone vit --protocol ilcv go")
+    spent = collections.Counter()
+
+    def timed(module, name, label):
+        work = getattr(module, name)
+
+        def wrapped(*args, **flags):
+            begin = time.perf_counter()
+            try:
+                return work(*args, **flags)
+            finally:
+                spent[label] += time.perf_counter() - begin
+
+        setattr(module, name, wrapped)
+        return module, name, work
+
+    quick = [sys.executable, "-c", "import torch, timm, numpy, PIL"]
+    spent["imports"] = seconds(lambda: subprocess.run(quick, check=True))
+    wrapped = [
+        timed(data, "synthetic", "stream"),
+        timed(common, "extract", "features"),
+        timed(ranpac, "choose_lambda", "ridge"),
+        timed(ranpac.LowRankRidge, "update", "ridge"),
+        timed(ranpac.LowRankRidge, "weights", "ridge"),
+        timed(protocols.Run, "record", "lines and files"),
+    ]
+    out = tempfile.mkdtemp()
+    sys.argv = [ranpac.__file__, "--out", out]
+    with contextlib.redirect_stdout(io.StringIO()):
+        total = seconds(ranpac.main) + spent["imports"]
+    spent["training and the rest"] = total - sum(spent.values())
+    for module, name, work in wrapped:
+        setattr(module, name, work)
+    print(f"in all {total:.0f} s: " + ", ".join(f"{label} {100 * s / total:.0f} %" for label, s in spent.most_common()))
+
+    print("\nWhole commands, tiny preset, vit, ilcv, five folds: seconds and peak memory")
     for method in METHODS:
-        for name in common.CHECKPOINTS:
-            words = [sys.executable, os.path.join(HERE, f"{method}.py"), "--backbone", name]
-            with contextlib.redirect_stdout(io.StringIO()):
-                total = seconds(lambda words=words: subprocess.run(words, cwd="/tmp", capture_output=True, check=True))
-            print(f"{method} {name}: {total:.0f} s")
+        begin = time.perf_counter()
+        process = subprocess.Popen([sys.executable, os.path.join(HERE, f"{method}.py"), "--out", out],
+                                   stdout=subprocess.DEVNULL)  # fmt: skip
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0
+        print(f"{method:11s} {time.perf_counter() - begin:4.0f} s  {usage.ru_maxrss / 1024:5.0f} MiB")
+    shutil.rmtree(out)
 
 
 # ---- python test_all.py --table --------------------------------------------------------------------------------------
