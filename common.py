@@ -9,6 +9,7 @@ Command, at the end of the file:
 import argparse
 import contextlib
 import copy
+import functools
 import hashlib
 import logging
 import os
@@ -70,6 +71,8 @@ def parse(p, settings):
     changed     what overrides the preset, in words     default_sessions   whether they are the paper's four
     """
     args = p.parse_args()
+    if args.data == "":
+        data.fail("--data is empty; without --data the synthetic stream is taken")
     args.method, args.variant = os.path.splitext(os.path.basename(sys.argv[0]))[0], ""
     args.preset = args.preset or ("paper" if args.data else "tiny")
     overrides = {name: getattr(args, name) for name in ("epochs_first", "epochs_next", "lr", "weights")}
@@ -100,11 +103,15 @@ def _device(name):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise ValueError("not one of cpu, cuda, mps")
     except Exception as error:  # torch raises a different type for every way in which a device can be missing
         data.fail(f"--device {name}: {str(error).splitlines()[0]}")
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 in training and evaluation; RanPAC's ridge is in float64
-        torch.backends.cudnn.deterministic = True
+    # Training on CUDA is in bfloat16 (autocast); everything else is in full float32, and the same in every run.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return device
 
 
@@ -139,11 +146,13 @@ def _describe_backbone(args):
         import timm
 
         name = CHECKPOINTS.get(args.backbone, args.backbone)
-        if not timm.is_model(name.split(".")[0]) or timm.get_pretrained_cfg(name, allow_unregistered=False) is None:
-            data.fail(
-                f"--backbone {args.backbone}: must be vit, swin, resnet or a timm model id; timm.list_models() has them"
-            )
-        config = timm.get_pretrained_cfg(name)
+        try:
+            known = timm.is_model(name.split(".")[0])
+            config = timm.get_pretrained_cfg(name) if known else None
+        except RuntimeError:  # a known model with an unknown tag
+            config = None
+        if config is None:
+            data.fail(f"--backbone {args.backbone}: must be vit, swin, resnet or a timm model id (timm.list_models())")
         args.image_size, args.mean, args.std = config.input_size[-1], list(config.mean), list(config.std)
         args.checkpoint = f"{name}, as timm downloads it"
     if args.weights == "none":
@@ -218,12 +227,10 @@ def require_plain_vit(args):
         vit = timm.create_model(CHECKPOINTS.get(args.backbone, args.backbone), num_classes=0)  # random weights
 
     def plain(block):
+        if type(block) is not vision_transformer.Block or type(block.attn) is not vision_transformer.Attention:
+            return False
         extras = getattr(block.attn, "gate", None), getattr(block.attn, "norm", None)
-        return (
-            type(block) is vision_transformer.Block
-            and type(block.attn) is vision_transformer.Attention
-            and all(extra is None or isinstance(extra, nn.Identity) for extra in extras)
-        )
+        return all(extra is None or isinstance(extra, nn.Identity) for extra in extras)
 
     fits = (
         type(vit) is vision_transformer.VisionTransformer
@@ -275,10 +282,14 @@ def seed(args, fold):
     torch.manual_seed(args.seed * 1000 + fold)
 
 
+@functools.cache  # made once per device: a copy from the host in every step would make the device wait
+def _moments(mean, std, device):
+    return torch.tensor(mean, device=device).view(3, 1, 1), torch.tensor(std, device=device).view(3, 1, 1)
+
+
 def normalize(images, args):
     """uint8 images (B, 3, S, S) -> float32 with the mean and std that the checkpoint expects, on their device."""
-    mean = torch.tensor(args.mean, device=images.device).view(3, 1, 1)
-    std = torch.tensor(args.std, device=images.device).view(3, 1, 1)
+    mean, std = _moments(tuple(args.mean), tuple(args.std), images.device)
     return (images.float() / 255 - mean) / std
 
 
@@ -314,18 +325,21 @@ def check_finite(loss, fold, session, epoch):
 
 
 def estimate(args, backbone, sessions, run):
-    """In the paper preset on a CPU: time a training step, say how long the run will take, and name the way out."""
+    """In the paper preset on a CPU: time a training step, say how long it will take at least, and the way out."""
     if args.preset == "tiny" or args.device.type != "cpu" or not run.folds:
         return
-    backbone, batch = copy.deepcopy(backbone).train(), torch.from_numpy(sessions[0].images[: args.batch])
+    backbone, batch = (
+        copy.deepcopy(backbone).requires_grad_(True).train(),
+        torch.from_numpy(sessions[0].images[: args.batch]),
+    )
     for _ in range(2):  # the second step is timed, the first one warms up
         begin = time.perf_counter()
         backbone(normalize(batch, args)).sum().backward()
     seconds = (time.perf_counter() - begin) / len(batch)
     epochs = [args.epochs_first] + [getattr(args, "epochs_next", None) or 0] * (len(sessions) - 1)
     images = sum(e * len(run.parts(fold, t)[0]) for fold in run.folds for t, e in enumerate(epochs))
-    print(f"The paper preset on this CPU: about {images * seconds / 60:.0f} minutes of backbone training. --preset tiny"
-          " takes minutes in all; --device cuda is what this preset is made for.", flush=True)  # fmt: skip
+    print(f"The paper preset on this CPU: at least {images * seconds / 60:.0f} minutes of training the backbone."
+          " --preset tiny takes minutes in all; --device cuda is what this preset is made for.", flush=True)  # fmt: skip
 
 
 # ======================================================================================================================
@@ -397,7 +411,6 @@ def pretrain(args):
         "torch": str(torch.__version__),
     }
     state = {key: v.half() if v.is_floating_point() else v for key, v in backbone.state_dict().items()}
-    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     torch.save({"state_dict": state, "made": made}, args.out + ".part")
     os.replace(args.out + ".part", args.out)
     print(f"{args.out}: {os.path.getsize(args.out) / 1e6:.2f} MB")
@@ -414,6 +427,15 @@ def main():
     p.add_argument("--out", help="(default: tiny/BACKBONE.pt beside this file)")
     args = p.parse_args()
     args.out = args.out or os.path.join(HERE, "tiny", f"{args.backbone}.pt")
+    for flag, least in (("images", 100), ("epochs", 1), ("batch", 2), ("seed", 0)):
+        if getattr(args, flag) < least:
+            data.fail(f"--{flag} {getattr(args, flag)}: must be at least {least}")
+    try:
+        os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+        with open(args.out + ".part", "wb"):
+            pass
+    except OSError as error:
+        data.fail(f"{args.out}: cannot be written ({error.strerror})")
     pretrain(args)
 
 

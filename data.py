@@ -122,13 +122,15 @@ def _read_session(path, name, samples, size):
     images = np.empty((len(samples), 3, size, size), np.uint8)
     for i, (_, _, key) in enumerate(samples):
         try:
-            with Image.open(os.path.join(path, key)) as image:
+            with Image.open(os.path.join(path, key), formats=("PNG", "JPEG", "BMP")) as image:
+                if image.mode[0] in "IF":
+                    raise ValueError("more than 8 bits per channel")
                 image = image.convert("RGB")
                 if image.size != (size, size):
                     image = image.resize((size, size), Image.Resampling.BILINEAR)
                 images[i] = np.asarray(image).transpose(2, 0, 1)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            fail(f"{os.path.join(path, key)}: not a readable image ({error})")
+        except Exception as error:  # a damaged file can raise almost anything
+            fail(f"{os.path.join(path, key)}: not a readable image ({' '.join(str(error).split())})")
     subjects = np.array([int(re.search(r"\d+", file).group()) for _, file, _ in samples])
     return Session(name, images, [emotion for emotion, _, _ in samples], subjects, [key for _, _, key in samples])
 

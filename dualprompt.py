@@ -32,8 +32,8 @@ Differs from the paper / from the released code
  3. At test one e prompt per sample, among the sessions seen. The released code takes top-5 of a pool of 10, which
     turns the task mask off from session 3 on.
  4. The e prompts are a list with one entry per session seen, since the rest of a pool of 10 would never be used.
- 5. Adam at 0.03 x batch / 256, constant, no weight decay, gradients clipped to norm 1, the optimizer anew in every
-    session.
+ 5. Adam at 0.03 x batch / 256, the original's rule, constant, no weight decay, gradients clipped to norm 1, the
+    optimizer anew in every session, 60 and 10 epochs. The released code takes 3e-4 for 60 epochs in every session.
  6. Prefixes join after the blocks' own key normalisation, where a ViT has one.
  7. The parts of timm's own ViT are called; no copy of it is kept here. Backbones that are not plain ViTs are refused.
 """
@@ -130,7 +130,8 @@ def main():
     vit = common.make_backbone(args).requires_grad_(False)  # frozen, in eval mode, the same for all folds
     d = vit.num_features
     run = protocols.Run(args, sessions)
-    common.estimate(args, vit, sessions, run)
+    if not args.no_prompts:
+        common.estimate(args, vit, sessions, run)
     # The ViT is frozen, so a picture's query is a constant: computed once for all folds and epochs.
     queries = [common.extract(lambda x: vit.forward_features(x)[:, 0], x, args) for x in images]  # (N, d) each
     usage = torch.zeros(len(sessions), len(sessions))

@@ -27,7 +27,7 @@ Run:   python finetune.py --backbone vit --protocol ilcv
 
 Differs from the paper / from the released code
  1. The paper names no optimizer and no schedule. Here: AdamW, weight decay 0.05, cosine to 0 within each session. The
-    released code takes SGD with momentum at a constant 2e-5, which hardly moves the network.
+    released code takes SGD with momentum, weight decay 0.005 and a constant 2e-5, which hardly moves the network.
  2. The released code freezes the backbone after session 1, but leaves its BatchNorm statistics drifting. Here
     everything is trained in every session, which is what the word means.
  3. The released code sets the biases of old rows to 0 when the head grows. Here old heads are bitwise unchanged.

@@ -17,6 +17,7 @@ Command, at the end of the file:
 """
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import io
@@ -126,7 +127,7 @@ class Run:
                 fail(f"--folds {fold}: this run has folds 0 to {count - 1}")
         folds = list(dict.fromkeys(args.folds or range(count)))
 
-        # What the numbers depend on. Two runs that agree here give the same numbers.
+        # What the numbers depend on. Two runs that agree here give the same numbers on the same machine.
         manifest = hashlib.sha256()
         for session, tests in zip(sessions, self.tests):
             manifest.update(json.dumps([session.name, session.keys, [test.tolist() for test in tests]]).encode())
@@ -206,13 +207,6 @@ class Run:
             predictions = [predict(values, rows.row_emotion, rows.row_session, counts, how) for how in self.names]
             shares = [accuracy(true, p) for p in predictions] + [uf1(true, predictions[0]), uar(true, predictions[0])]
             cells.append(name + "".join(f"{100 * share:6.1f}" for share in shares))
-        if not self.printed:
-            columns = "".join(f"{name:>6s}" for name in (*self.names, "UF1", "UAR"))
-            print(f"fold  session  emotions  {columns}   seconds")
-            self.printed = True
-        line = f"{fold:4d}  {self.sessions[t].name:7s}  {len(rows.emotions):8d}  {cells[0]}  {now - self.clock:8.1f}"
-        print("   ".join([line, *cells[1:]]), flush=True)
-
         if t == len(self.sessions) - 1:
             padded = [np.pad(c, (0, len(rows.emotions) - len(c))) for c in self.saved.pop("train_counts")]
             self.saved |= {
@@ -226,11 +220,20 @@ class Run:
                 "row_session": rows.row_session,
                 "train_counts": np.array(padded),  # (T, E) training samples of each emotion so far
             }
-            path = os.path.join(self.folder, f"fold{fold}.npz")
-            part = f"{path}.{os.getpid()}.part"
-            with open(part, "wb") as file:
-                np.savez_compressed(file, **self.saved)
-            os.replace(part, path)  # a kill leaves the old file or the new one, never half of one
+            path, file = os.path.join(self.folder, f"fold{fold}.npz"), io.BytesIO()
+            np.savez_compressed(file, **self.saved)
+            try:
+                _write(path, file.getvalue())
+            except OSError as error:
+                fail(
+                    f"{path}: cannot be written ({error.strerror}); finished folds are kept, --resume goes on from them"
+                )
+        if not self.printed:
+            columns = "".join(f"{name:>6s}" for name in (*self.names, "UF1", "UAR"))
+            print(f"fold  session  emotions  {columns}   seconds")
+            self.printed = True
+        line = f"{fold:4d}  {self.sessions[t].name:7s}  {len(rows.emotions):8d}  {cells[0]}  {now - self.clock:8.1f}"
+        print("   ".join([line, *cells[1:]]), flush=True)
         self.clock = time.perf_counter()
 
     def summary(self):
@@ -247,9 +250,16 @@ def _identity(info):
 
 
 def _write(path, content):
-    with open(f"{path}.{os.getpid()}.part", "wb") as file:
-        file.write(content)
-    os.replace(file.name, path)
+    """Write a file whole or not at all: a kill leaves the old file or the new one, never half of one."""
+    part = f"{path}.{os.getpid()}.part"
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+        os.replace(part, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+        raise
 
 
 def _read_info(path):
@@ -275,6 +285,8 @@ def read_folds(folder, info):
                 with np.load(path, allow_pickle=False) as file:
                     if str(file["identity"]) == _identity(info):
                         folds[fold] = dict(file)
+                    else:
+                        print(f"{path}: of another run (other arguments, code or threads), ignored", file=sys.stderr)
             except Exception as error:  # a broken archive can raise almost anything
                 fail(f"{path}: not a readable fold file ({error}); delete it and run again with --resume")
     return folds
@@ -358,10 +370,8 @@ def summarise(info, folds):
         # Long training makes large scores: rows of the first session can outshout the later ones in eq. 3's sum.
         fold = next(iter(folds.values()))
         final, row_session = fold[f"scores_{last}"], fold["row_session"]
-        spread = [
-            np.abs(final[:, row_session == s] - final.mean(1, keepdims=True)).mean() for s in np.unique(row_session)
-        ]
-        add("mean size of the row scores", [f"{v:.3g}" for v in spread])
+        sizes = {s: np.abs(final[:, row_session == s] - final.mean(1, keepdims=True)).mean() for s in set(row_session)}
+        add("mean size of the row scores", [f"{sizes[s]:.3g}" if s in sizes else "-" for s in range(last + 1)])
     return "\n".join(lines)
 
 
@@ -403,7 +413,10 @@ TABLE3 = {  # backbone: accuracy, F1, UAR in %, LOSO on CASME II's five emotions
 
 
 def comparable(info):
-    """Whether the paper has this run: real data, the unchanged paper preset, the method as such, its sessions."""
+    """Whether the paper has this run: real data, the unchanged paper preset, the method as such, its sessions.
+
+    A weight file is taken at its word, and its name stands in the run's; constants edited in a script are not noticed.
+    """
     sessions = info["default_sessions"] or info["protocol"] == "loso"
     changed = [word for word in info["changed"] if not word.startswith("weights=") or word == "weights=none"]
     return not info["synthetic"] and info["preset"] == "paper" and not changed and not info["variant"] and sessions
@@ -505,7 +518,8 @@ def details(info, folds):
     last = len(info["sessions"]) - 1
     head = ["remap", *(f"S{t + 1}" for t in range(last + 1)), "A-bar", "A-tilde", "UF1", "UAR", "forgetting"]
     lines = [row(head), "|" + "---|" * len(head)]
-    for how in rch.WAYS if info["logits"] else ("sum", "max"):
+    one = len(next(iter(folds.values()))["row_emotion"]) == len(next(iter(folds.values()))["emotions"])
+    for how in ("sum",) if one else rch.WAYS if info["logits"] else ("sum", "max"):  # one row per emotion: all the same
         true, predicted, _ = pooled(folds, last, how)
         last_values = uf1(true, predicted), uar(true, predicted), forgetting(folds, how)
         lines.append(row([how, *(f"{v:.2f}" for v in (*curve(folds, how).mean(0), *(100 * v for v in last_values)))]))

@@ -1,15 +1,15 @@
 """RanPAC: adapt once, then never train again. Random projection, and ridge regression that adds up over sessions.
 
-In session 1 the backbone is fine-tuned, then frozen for good. From there on nothing is learned by gradient descent,
-so nothing can be forgotten. Each picture becomes a feature vector f (d), then h = relu(f W) with a fixed random W (d
-x M, M = 10000): many random yes-or-no questions about f, among which a linear classifier separates far more than it
-could in f itself. The classifier is ridge regression from h onto the rows' 0/1 targets, and its solution needs only
-two sums over samples,
+In session 1 the backbone is fine-tuned, then frozen for good. From there on nothing is learned by gradient descent, so
+nothing can be forgotten. Each picture becomes a feature vector f of d numbers, then h = relu(f W) with a fixed random
+W of M = 10000 columns: many random directions of f, each cut off at zero, among which a linear classifier separates far
+more than it could in f itself. The classifier is ridge regression from h onto the rows' 0/1 targets, and its solution
+needs only two sums over samples,
 
     G = H^T H  (M x M)      Q = H^T Y  (M x R)      weights = (G + lambda I)^-1 Q      scores = h @ weights.
 
 Sums do not care about order or about who brought the samples: after session t, G and Q are what they would be had all
-data come at once. The classifier is therefore exactly the joint one, without keeping a single old sample.
+data come at once. For a given lambda the classifier is therefore exactly the joint one, without one old sample kept.
 
 A session's life
     session 1 trained   the backbone, with a temporary linear head that is thrown away
@@ -20,8 +20,8 @@ A session's life
 What RCH adds, and why here eq. 3 is exact: ridge weights are linear in Y. Let A (R x E) hold a 1 where a row stands
 for an emotion. Then summing rows, (G + lambda I)^-1 H^T Y A, IS ridge regression on the merged labels Y A. The 23
 rows and the 9 emotions give the same predictions; the rows can be seen and remapped later, and that is all the
-difference. What goes wrong without exemplars: nothing in the classifier. But the backbone only ever adapted to
-session 1.
+difference. What goes wrong without exemplars: lambda is chosen on the current session's samples alone, and the
+backbone only ever adapted to session 1.
 
 The M x M matrix never exists (see LowRankRidge): G has at most as many non-zero directions as there were samples.
 
@@ -32,7 +32,8 @@ Run:   python ranpac.py --backbone vit --protocol ilcv
 
 Differs from the paper / from the released code
  1. Session 1 fine-tunes the whole backbone, as the benchmark's paper says. The original trains small adapters.
- 2. AdamW with a cosine, where the benchmark's paper names no optimizer; the released code takes SGD at a constant 2e-5.
+ 2. AdamW with a cosine and weight decay 0.05, where the benchmark's paper names no optimizer; the released code takes
+    SGD with momentum, weight decay 0.005 and a constant 2e-5, which hardly moves the network.
  3. Scores are the plain linear h @ weights, as in the original. The released code predicts by cosine similarity,
     which is another classifier, and one for which eq. 3 is no longer exact.
  4. The solution is the exact low-rank one in float64. The released code solves M x M systems in float32, which takes
@@ -65,13 +66,17 @@ LAMBDAS = [10.0**power for power in range(-8, 9)]
 
 
 # ---- the method's own pieces -----------------------------------------------------------------------------------------
+def float64(x):
+    """x in float64, which mps lacks: the ridge then runs on the CPU."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
 class LowRankRidge:
     """Ridge regression that adds up over sessions, exact, without the M x M matrix.
 
-    Instead of G = H^T H (M x M) and Q = H^T Y (M x C) it carries a small square root of G: R (r x M) and Z (r x C)
-    with R^T R = G and R^T Z = Q, where r is at most the number of samples so far and the rows of R are orthogonal, R
-    R^T = diag(w). The weights come from (R^T R + lambda I)^-1 R^T = R^T (R R^T + lambda I)^-1, for every lambda at
-    once:
+    Instead of G = H^T H (M x M) and Q = H^T Y (M x C) it carries a small square root of G: R (r x M) and Z (r x C) with
+    R^T R = G and R^T Z = Q. Here r is at most the number of samples so far, and the rows of R are orthogonal:
+    R R^T = diag(w). Since (R^T R + lambda I)^-1 R^T = R^T (R R^T + lambda I)^-1, every lambda costs next to nothing:
 
         weights(lambda) = R^T diag(1 / (w + lambda)) Z        (M x C)
 
@@ -85,7 +90,7 @@ class LowRankRidge:
 
     def update(self, h, y):
         """Add samples: h (n, M) features, y (n, C) targets. C may grow from call to call."""
-        h, y = h.double(), y.double()
+        h, y = float64(h), float64(y)
         assert h.shape[1] == self.r.shape[1] and y.shape == (len(h), y.shape[1]) and y.shape[1] >= self.z.shape[1]
         s = torch.cat([self.r.to(h.device), h])  # S (r + n, M): S^T S is the new G
         t = torch.cat(
@@ -107,7 +112,7 @@ def choose_lambda(h, y):
     With a the rows fitted on and b the rows held out, a a^T = U diag(w) U^T gives the predictions for every lambda,
     (b a^T U)(U^T y_a / (w + lambda)), from one small eigendecomposition. Near ties go to the largest.
     """
-    h, y = h.double(), y.double()
+    h, y = float64(h), float64(y)
     held_out, fitted = torch.randperm(len(h)).to(h.device).tensor_split([max(1, len(h) // 5)])
     a, b = h[fitted], h[held_out]
     w, u = torch.linalg.eigh(a @ a.T)
@@ -190,7 +195,7 @@ def main():
             # ---- test on the fold-i parts of sessions 1..t ----
             # The network is frozen, so the features of earlier test parts are kept.
             test_h.append(F.relu(common.extract(backbone, images[t][test], args) @ w))
-            scores = torch.cat(test_h).double() @ weights  # (n, R)
+            scores = float64(torch.cat(test_h)) @ weights  # (n, R)
             run.record(fold, t, rows, scores.cpu())
     run.summary()
 

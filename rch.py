@@ -34,19 +34,21 @@ class RCH:
     emotions     list of E words in order of first appearance
     row_emotion  (R,) int, index into emotions
     row_session  (R,) int, 0 for the first session
+    sessions     how many so far
     """
 
     def __init__(self):
-        self.emotions = []
+        self.emotions, self.sessions = [], 0
         self.row_emotion = np.zeros(0, int)
         self.row_session = np.zeros(0, int)
 
     def add_session(self, emotions):
         """Add one row per word of `emotions`, as the next session; returns the slice of the new rows."""
-        first, session = len(self.row_emotion), self.row_session.max(initial=-1) + 1
+        first = len(self.row_emotion)
         self.emotions += [word for word in emotions if word not in self.emotions]
         self.row_emotion = np.append(self.row_emotion, [self.emotions.index(word) for word in emotions]).astype(int)
-        self.row_session = np.append(self.row_session, [session] * len(emotions)).astype(int)
+        self.row_session = np.append(self.row_session, [self.sessions] * len(emotions)).astype(int)
+        self.sessions += 1
         return slice(first, len(self.row_emotion))
 
     def targets(self, words):
