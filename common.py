@@ -339,7 +339,7 @@ def estimate(args, backbone, sessions, run):
     epochs = [args.epochs_first] + [getattr(args, "epochs_next", None) or 0] * (len(sessions) - 1)
     images = sum(e * len(run.parts(fold, t)[0]) for fold in run.folds for t, e in enumerate(epochs))
     print(f"The paper preset on this CPU: at least {images * seconds / 60:.0f} minutes of training the backbone."
-          " --preset tiny takes minutes in all; --device cuda is what this preset is made for.", flush=True)  # fmt: skip
+          " --preset tiny takes minutes; --device cuda is what this preset is made for.", flush=True)  # fmt: skip
 
 
 # ======================================================================================================================

@@ -431,7 +431,7 @@ def test_estimate_and_backbones_of_the_paper_preset(watch, monkeypatch, capsys, 
     flags = ["--preset", "paper", "--weights", "none", "--sessions", "casme2", "--folds", "0", "--epochs-first", "1"]
     for method in ("l2p", "finetune"):
         watch(method, *flags, "--backbone", "vit_tiny_patch16_224")
-        assert "minutes of backbone training" in capsys.readouterr().out
+        assert "minutes of training the backbone" in capsys.readouterr().out
         shutil.rmtree(tmp_path / "results")
     for name in ("vit_base_patch16_224.no_such_tag", "vit_small_patch16_18x2_224"):
         assert name in error_of(lambda name=name: watch("l2p", *flags, "--backbone", name), capsys)
