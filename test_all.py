@@ -437,6 +437,15 @@ def test_estimate_and_backbones_of_the_paper_preset(watch, monkeypatch, capsys, 
         assert name in error_of(lambda name=name: watch("l2p", *flags, "--backbone", name), capsys)
 
 
+def test_readme_points_at_the_right_lines():
+    with open(os.path.join(HERE, "README.md")) as file:
+        places = re.findall(r"\| \[`(\w+\.py):(\d+)`\]\(\w+\.py#L\d+\) \| `(.*)` \|$", file.read(), re.M)
+    assert len(places) >= 8
+    for name, number, words in places:
+        with open(os.path.join(HERE, name)) as file:
+            assert words in file.readlines()[int(number) - 1], (name, number)
+
+
 # ---- the report ------------------------------------------------------------------------------------------------------
 def test_loso_pools_over_subjects(watch, monkeypatch):
     """One fold per subject of CASME II, and by hand: folds of 3 and 1 samples count by sample, not by fold."""
