@@ -295,24 +295,24 @@ def read_folds(folder, info):
 # ======================================================================================================================
 # The summary, the paper's numbers and the report. No method needs them to be read.
 # ======================================================================================================================
-def outcome(fold, t, how="sum", scores="scores"):
+def outcome(fold, t, how="sum"):
     """(true, predicted, source session) of one fold's tests after session t, (n,) int each, from its file's arrays."""
-    values = fold[f"{scores}_{t}"]
+    values = fold[f"scores_{t}"]
     row_emotion, row_session = fold["row_emotion"][: values.shape[1]], fold["row_session"][: values.shape[1]]
     counts = fold["train_counts"][t][: row_emotion.max() + 1]
     true = np.array([list(fold["emotions"]).index(word) for word in fold["labels"][: len(values)]])
     return true, predict(values, row_emotion, row_session, counts, how), fold["session"][: len(values)]
 
 
-def pooled(folds, t, how="sum", scores="scores"):
+def pooled(folds, t, how="sum"):
     """The same, over all folds: three arrays."""
-    return [np.concatenate(arrays) for arrays in zip(*(outcome(fold, t, how, scores) for fold in folds.values()))]
+    return [np.concatenate(arrays) for arrays in zip(*(outcome(fold, t, how) for fold in folds.values()))]
 
 
-def curve(folds, how="sum", scores="scores"):
+def curve(folds, how="sum"):
     """Accuracies (folds, T + 2) in percent: A_1..A_T, A-bar, A-tilde of each fold."""
     last = len(next(iter(folds.values()))["train_counts"])
-    a = np.array([[100 * accuracy(*outcome(fold, t, how, scores)[:2]) for t in range(last)] for fold in folds.values()])
+    a = np.array([[100 * accuracy(*outcome(fold, t, how)[:2]) for t in range(last)] for fold in folds.values()])
     return np.concatenate([a, a.mean(1, keepdims=True), a[:, -1:]], 1)
 
 
@@ -320,6 +320,13 @@ def majority(fold, t):
     """Accuracy after session t of always answering the emotion that was most frequent in training so far."""
     true, _, _ = outcome(fold, t)
     return accuracy(true, np.full(len(true), fold["train_counts"][t].argmax()))
+
+
+def majority_curve(folds):
+    """Accuracies (T + 2,) in percent of always answering that, mean over folds: A_1..A_T, A-bar, A-tilde."""
+    last = len(next(iter(folds.values()))["train_counts"])
+    a = [100 * np.mean([majority(fold, t) for fold in folds.values()]) for t in range(last)]
+    return [*a, np.mean(a), a[-1]]
 
 
 def per_source(folds, how="sum"):
@@ -359,8 +366,7 @@ def summarise(info, folds):
     add("  95 % interval", [f"{100 * low:.1f}-{100 * high:.1f}" for low, high in bounds])
     add("UF1, pooled", [f"{100 * uf1(true, predicted):.2f}" for true, predicted, _ in results])
     add("UAR, pooled", [f"{100 * uar(true, predicted):.2f}" for true, predicted, _ in results])
-    majorities = np.array([[100 * majority(fold, t) for t in range(last + 1)] for fold in folds.values()]).mean(0)
-    add("always the commonest emotion", [f"{v:.2f}" for v in (*majorities, majorities.mean(), majorities[-1])])
+    add("always the commonest emotion", [f"{v:.2f}" for v in majority_curve(folds)])
     if info["protocol"] == "loso" and papers(info):
         add("the paper: accuracy, F1, UAR", [f"{v:.2f}" for v in papers(info)])
     if last:
@@ -492,8 +498,7 @@ def table(runs, how="sum"):
             head = ["backbone", "method", *columns] + ["A-tilde by prob"] * (how == "sum" and not loso)
             lines += ["", f"**{last}** (remapped by {how})", "", row(head), "|" + "---|" * len(head)]
             if not loso:
-                often = [100 * np.mean([majority(fold, t) for fold in folds.values()]) for t in range(len(columns) - 2)]
-                often = [f"{v:.2f}" for v in (*often, np.mean(often), often[-1])]
+                often = [f"{v:.2f}" for v in majority_curve(folds)]
                 lines.append(
                     row(["-", "always the commonest emotion", *often] + ["-"] * (len(head) - len(columns) - 2))
                 )
