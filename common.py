@@ -69,6 +69,7 @@ def parse(p, settings):
     method      the script's name          image_size  S           mean, std   of the checkpoint, 3 floats each
     checkpoint  what the weights are, in words          device      torch.device
     changed     what overrides the preset, in words     default_sessions   whether they are the paper's four
+    threads     of the CPU, None on other devices       lr_is_default      whether --lr was left out
     """
     args = p.parse_args()
     if args.data == "":
@@ -79,7 +80,6 @@ def parse(p, settings):
     args.lr_is_default = args.lr is None
     args.changed = [f"{name}={os.path.basename(str(v))}" for name, v in overrides.items() if v is not None]
     args.default_sessions = args.sessions == data.STREAM
-    args.threads = torch.get_num_threads()
     args.versions = {name: metadata.version(name) for name in ("torch", "timm", "numpy", "pillow")}
     for name, values in settings.items():
         if getattr(args, name, None) is None:
@@ -93,6 +93,7 @@ def parse(p, settings):
     if not 0 <= args.seed < 2**32:
         data.fail(f"--seed {args.seed}: must be at least 0 and less than 2**32")
     args.device = _device(args.device)
+    args.threads = torch.get_num_threads() if args.device.type == "cpu" else None  # on a GPU no result depends on it
     _describe_backbone(args)
     return args
 
@@ -194,7 +195,7 @@ def make_backbone(args):
     if features.ndim != 2:
         data.fail(f"--backbone {args.backbone}: gives {tuple(features.shape)}, not one feature vector per image")
     backbone.num_features = features.shape[1]
-    return backbone.to(args.device)
+    return backbone.to(args.device, memory_format=torch.channels_last)  # convolutions run faster in it
 
 
 def tiny_backbone(name):
@@ -328,10 +329,8 @@ def estimate(args, backbone, sessions, run):
     """In the paper preset on a CPU: time a training step, say how long it will take at least, and the way out."""
     if args.preset == "tiny" or args.device.type != "cpu" or not run.folds:
         return
-    backbone, batch = (
-        copy.deepcopy(backbone).requires_grad_(True).train(),
-        torch.from_numpy(sessions[0].images[: args.batch]),
-    )
+    backbone = copy.deepcopy(backbone).requires_grad_(True).train()
+    batch = torch.from_numpy(sessions[0].images[: args.batch])
     for _ in range(2):  # the second step is timed, the first one warms up
         begin = time.perf_counter()
         backbone(normalize(batch, args)).sum().backward()
