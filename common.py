@@ -33,23 +33,19 @@ TINY_SIZE = 48  # pixels
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        data.fail(f"{message}; see --help")
-
-
 def parser(description, settings, protocols=("ilcv", "slcv")):
     """The command line that all methods share. `settings` is the method's table {name: (paper, tiny)}."""
 
     def default(name):
         return "paper {}, tiny {}".format(*settings[name]) if name in settings else "not used by this method"
 
-    p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = lambda message: data.fail(f"{message}; see --help")
     p.add_argument("--backbone", default="vit", help="vit, swin, resnet or any timm model id (default: vit)")
     p.add_argument("--protocol", default="ilcv", choices=protocols, help="how samples become folds (default: ilcv)")
     p.add_argument("--data", metavar="PATH", help="processed folder (default: the synthetic stream)")
-    p.add_argument("--sessions", nargs="+", default=data.STREAM, metavar="NAME",
-                   help=f"in this order, of {', '.join(data.TABLE1)} (default: {' '.join(data.STREAM)})")  # fmt: skip
+    which = f"in this order, of {', '.join(data.TABLE1)} (default: {' '.join(data.STREAM)})"
+    p.add_argument("--sessions", nargs="+", default=data.STREAM, metavar="NAME", help=which)
     p.add_argument("--preset", choices=("paper", "tiny"), help="settings (default: paper with --data, tiny without)")
     p.add_argument("--weights", metavar="PATH", help="weight file, or none for random (default: the preset's)")
     p.add_argument("--folds", nargs="+", type=int, metavar="I", help="only these folds, counted from 0 (default: all)")
@@ -58,38 +54,48 @@ def parser(description, settings, protocols=("ilcv", "slcv")):
     p.add_argument("--epochs-next", type=int, help=f"in each later session (default: {default('epochs_next')})")
     p.add_argument("--lr", type=float, help=f"learning rate (default: {default('lr')})")
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
-    p.add_argument("--out", default="results", metavar="DIR", help="where results go (default: results)")
+    p.add_argument("--out", default="results", metavar="DIR", help="for the results, one per --data (default: results)")
     p.add_argument("--resume", action="store_true", help="keep the finished folds of the same run")
     return p
 
 
 def parse(p, settings):
-    """Parse and check the command line; fill in every setting of the preset. Returns the arguments, plus
+    """Parse and check the command line. Returns the arguments, every name of `settings` with its value, and
 
-    method      the script's name          image_size  S           mean, std   of the checkpoint, 3 floats each
-    checkpoint  what the weights are, in words          device      torch.device
-    changed     what overrides the preset, in words     default_sessions   whether they are the paper's four
-    threads     of the CPU, None on other devices       lr_is_default      whether --lr was left out
+    method            the script's name
+    variant           empty; a method sets it when one of its controls runs, and it becomes part of the run's name
+    image_size        S
+    mean, std         of the checkpoint, 3 floats each
+    checkpoint        what the weights are, in words
+    device            torch.device
+    changed           what overrides the preset, in words
+    default_sessions  whether the sessions are the paper's four
+    lr_is_default     whether --lr was left out
+    threads           of the CPU; None on other devices, where no number depends on it
+    versions          of the packages
+    Ends with one line on a wrong value.
     """
     args = p.parse_args()
     if args.data == "":
         data.fail("--data is empty; without --data the synthetic stream is taken")
     args.method, args.variant = os.path.splitext(os.path.basename(sys.argv[0]))[0], ""
     args.preset = args.preset or ("paper" if args.data else "tiny")
+    if "epochs_next" not in settings:
+        args.epochs_next = None  # RanPAC trains in the first session only
     overrides = {name: getattr(args, name) for name in ("epochs_first", "epochs_next", "lr", "weights")}
     args.lr_is_default = args.lr is None
     args.changed = [f"{name}={os.path.basename(str(v))}" for name, v in overrides.items() if v is not None]
     args.default_sessions = args.sessions == data.STREAM
     args.versions = {name: metadata.version(name) for name in ("torch", "timm", "numpy", "pillow")}
-    for name, values in settings.items():
+    for name, (paper, tiny) in settings.items():
         if getattr(args, name, None) is None:
-            setattr(args, name, values[args.preset == "tiny"])
+            setattr(args, name, tiny if args.preset == "tiny" else paper)
     for name in args.sessions:
         if name not in data.TABLE1 or args.sessions.count(name) > 1:
             data.fail(f"--sessions {name}: each must be one of {', '.join(data.TABLE1)}, named once")
     for flag in ("epochs_first", "epochs_next", "lr"):
         if getattr(args, flag) is not None and not 0 < getattr(args, flag) < float("inf"):
-            data.fail(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be greater than 0")
+            data.fail(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be a finite number greater than 0")
     if not 0 <= args.seed < 2**32:
         data.fail(f"--seed {args.seed}: must be at least 0 and less than 2**32")
     args.device = _device(args.device)
@@ -99,6 +105,7 @@ def parse(p, settings):
 
 
 def _device(name):
+    """The torch.device that --device names, tried out; and torch's determinism, for the whole process."""
     # Under torchrun every process gets its own device (and, in protocols.Run, its own folds).
     name = name or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     try:
@@ -108,11 +115,12 @@ def _device(name):
             raise ValueError("not one of cpu, cuda, mps")
     except Exception as error:  # torch raises a different type for every way in which a device can be missing
         data.fail(f"--device {name}: {str(error).splitlines()[0]}")
-    # Training on CUDA is in bfloat16 (autocast); everything else is in full float32, and the same in every run.
+    # Training on CUDA is in bfloat16 (autocast); everything else is in full float32, and the same in every run. A timm
+    # model that CUDA cannot train so stops with torch's own words. (mps lacks a deterministic max pooling.)
     torch.backends.cudnn.allow_tf32 = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=device.type == "mps")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # else every torch.empty is filled first
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS's products may differ
     return device
 
 
@@ -124,12 +132,12 @@ def load_sessions(args):
     return data.synthetic(args.image_size, sessions=args.sessions)
 
 
-def launch(main):
-    """Run a script's main function; Ctrl-C ends it with one line."""
+def launch(main, kept="finished folds are kept, --resume goes on from them"):
+    """Run a script's main function; Ctrl-C ends it with one line that says what is `kept`."""
     try:
         main()
     except KeyboardInterrupt:
-        print("\ninterrupted; finished folds are kept, --resume goes on from them", file=sys.stderr)
+        print(f"\ninterrupted; {kept}", file=sys.stderr)
         raise SystemExit(130) from None
 
 
@@ -138,9 +146,8 @@ def _describe_backbone(args):
     """Check --backbone and --weights and set args.image_size, .mean, .std, .checkpoint without building anything."""
     if args.preset == "tiny":
         if args.backbone not in CHECKPOINTS:
-            data.fail(
-                f"--backbone {args.backbone}: the tiny preset has {', '.join(CHECKPOINTS)}; others need --preset paper"
-            )
+            known = ", ".join(CHECKPOINTS)
+            data.fail(f"--backbone {args.backbone}: the tiny preset has {known}; others need --preset paper")
         args.image_size, args.mean, args.std = TINY_SIZE, [0.5] * 3, [0.5] * 3
         args.weights = args.weights or os.path.join(HERE, "tiny", f"{args.backbone}.pt")
     else:
@@ -167,7 +174,7 @@ def _describe_backbone(args):
 
 
 def make_backbone(args):
-    """The pretrained backbone on the device: images (B, 3, S, S) -> features (B, d), with d in `.num_features`.
+    """The pretrained backbone, in eval mode, on the device: images (B, 3, S, S) -> features (B, .num_features).
 
     timm with num_classes=0 gives the class token after the last norm (ViT) or the pooled features (Swin, ResNet).
     Ends with one line where the weights cannot be downloaded or read, or do not match.
@@ -190,8 +197,9 @@ def make_backbone(args):
                       " --weights none or --preset tiny")  # fmt: skip
     if args.weights not in (None, "none"):
         _load_weights(backbone, args.weights)
+    backbone.eval()
     with torch.no_grad():  # the width, measured: timm's own attribute means different things in different families
-        features = backbone.eval()(torch.zeros(1, 3, args.image_size, args.image_size))
+        features = backbone(torch.zeros(1, 3, args.image_size, args.image_size))
     if features.ndim != 2:
         data.fail(f"--backbone {args.backbone}: gives {tuple(features.shape)}, not one feature vector per image")
     backbone.num_features = features.shape[1]
@@ -262,15 +270,13 @@ def _load_weights(backbone, path):
                 state = state.get(inner, state)
             state = {key: value for key, value in state.items() if isinstance(key, str) and torch.is_tensor(value)}
     except Exception as error:  # a broken file can raise almost anything
-        data.fail(
-            f"{path}: not a readable weight file ({(str(error).splitlines() or [type(error).__name__])[0][:120]})"
-        )
-    own = backbone.state_dict()
-    state = {
-        key: value for key, value in state.items() if key in own or not key.startswith(("head.", "fc.", "classifier."))
-    }
-    wrong = sorted(key for key in own.keys() | state.keys()
-                   if key not in own or key not in state or own[key].shape != state[key].shape)  # fmt: skip
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        data.fail(f"{path}: not a readable weight file ({reason[:120]})")
+    own = {key: value.shape for key, value in backbone.state_dict().items()}
+    classifier = ("head.", "fc.", "classifier.")
+    state = {key: value for key, value in state.items() if key in own or not key.startswith(classifier)}
+    found = {key: value.shape for key, value in state.items()}
+    wrong = sorted(key for key in own.keys() | found.keys() if own.get(key) != found.get(key))
     if wrong:
         data.fail(f"{path}: does not fit this backbone; {len(wrong)} entries missing, unknown or of another shape,"
                   f" the first: {wrong[0]}")  # fmt: skip
@@ -279,7 +285,7 @@ def _load_weights(backbone, path):
 
 # ---- the loop's small helpers ----------------------------------------------------------------------------------------
 def seed(args, fold):
-    """Seed a fold's training: it is the same whatever folds ran before."""
+    """Seed a fold's training (new heads, shuffling, drop-path): it is the same whatever folds ran before."""
     torch.manual_seed(args.seed * 1000 + fold)
 
 
@@ -295,12 +301,16 @@ def normalize(images, args):
 
 
 def batches(count, size, device="cpu"):
-    """Shuffled indices 0..count-1 in pieces of `size`. A last piece of one is dropped: BatchNorm cannot take it."""
+    """Indices 0..count-1, shuffled, as a list of tensors (size,). A last one of one is dropped: BatchNorm needs two.
+
+    They are drawn on the CPU, so the order is the same on every device.
+    """
+    assert size > 1, "batches of one are all dropped"
     return [piece for piece in torch.randperm(count).to(device).split(size) if len(piece) > 1]
 
 
-def steps(count, size):
-    """How many pieces `batches` gives."""
+def steps_per_epoch(count, size):
+    """How many tensors `batches` gives."""
     return count // size + (count % size > 1)
 
 
@@ -313,7 +323,8 @@ def autocast(args):
 def extract(network, images, args, *others, batch=256):
     """network(normalised images, *others) for all uint8 images (N, 3, S, S), in float32: (N, ...).
 
-    `others` are tensors (N, ...) that go along. Whoever calls it has set the network to eval mode.
+    Without gradients and without autocast. `others` are tensors (N, ...) that go along. Whoever calls it has set the
+    network to eval mode.
     """
     parts = zip(images.split(batch), *(other.split(batch) for other in others))
     return torch.cat([network(normalize(x, args), *rest).float() for x, *rest in parts])
@@ -326,16 +337,19 @@ def check_finite(loss, fold, session, epoch):
 
 
 def estimate(args, backbone, sessions, run):
-    """In the paper preset on a CPU: time a training step, say how long it will take at least, and the way out."""
+    """In the paper preset on a CPU: time a training step and print how long training will take at least.
+
+    It counts the epochs of the backbone; FOSTER's second network, --joint's growing data and all tests come on top.
+    """
     if args.preset == "tiny" or args.device.type != "cpu" or not run.folds:
         return
-    backbone = copy.deepcopy(backbone).requires_grad_(True).train()
+    backbone = copy.deepcopy(backbone).train()
     batch = torch.from_numpy(sessions[0].images[: args.batch])
     for _ in range(2):  # the second step is timed, the first one warms up
         begin = time.perf_counter()
-        backbone(normalize(batch, args)).sum().backward()
+        backbone(normalize(batch, args).requires_grad_()).sum().backward()  # through a frozen ViT, too
     seconds = (time.perf_counter() - begin) / len(batch)
-    epochs = [args.epochs_first] + [getattr(args, "epochs_next", None) or 0] * (len(sessions) - 1)
+    epochs = [args.epochs_first] + [args.epochs_next or 0] * (len(sessions) - 1)  # RanPAC has no later ones
     images = sum(e * len(run.parts(fold, t)[0]) for fold in run.folds for t, e in enumerate(epochs))
     print(f"The paper preset on this CPU: at least {images * seconds / 60:.0f} minutes of training the backbone."
           " --preset tiny takes minutes; --device cuda is what this preset is made for.", flush=True)  # fmt: skip
@@ -371,7 +385,7 @@ def pretrain(args):
     torch.manual_seed(args.seed)
     random = np.random.RandomState(args.seed)
     images = torch.empty(args.images, 3, TINY_SIZE, TINY_SIZE, dtype=torch.uint8)
-    targets = torch.empty(args.images, 72)
+    targets = torch.empty(args.images, 72)  # 6 x 6 cells, x and y
     for i in range(0, args.images, 1000):
         clean, seen = random_flows(random, min(1000, args.images - i), TINY_SIZE)
         images[i : i + 1000] = torch.from_numpy(data.flow_to_image(seen))
@@ -384,7 +398,7 @@ def pretrain(args):
     backbone = tiny_backbone(args.backbone)
     network = nn.Sequential(backbone, nn.Linear(backbone.num_features, 72))
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.05, fused=True)
-    per_epoch = steps(args.images - held_out, args.batch)
+    per_epoch = steps_per_epoch(args.images - held_out, args.batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=args.epochs * per_epoch, pct_start=0.05)
     begin = time.perf_counter()
     for epoch in range(args.epochs):
@@ -410,13 +424,17 @@ def pretrain(args):
         "torch": str(torch.__version__),
     }
     state = {key: v.half() if v.is_floating_point() else v for key, v in backbone.state_dict().items()}
-    torch.save({"state_dict": state, "made": made}, args.out + ".part")
-    os.replace(args.out + ".part", args.out)
+    try:
+        torch.save({"state_dict": state, "made": made}, args.out + ".part")
+        os.replace(args.out + ".part", args.out)
+    except (OSError, RuntimeError) as error:  # RuntimeError is torch's own, for a full disk
+        data.fail(f"{args.out}: cannot be written ({error})")
     print(f"{args.out}: {os.path.getsize(args.out) / 1e6:.2f} MB")
 
 
 def main():
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = lambda message: data.fail(f"{message}; see --help")
     p.add_argument("command", choices=["pretrain"])
     p.add_argument("--backbone", choices=list(CHECKPOINTS), default="vit")
     p.add_argument("--images", type=int, default=100_000, help="patterns to make up (default: 100000)")
@@ -432,11 +450,12 @@ def main():
     try:
         os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
         with open(args.out + ".part", "wb"):
-            pass
+            pass  # better to learn it before than after the training
+        os.remove(args.out + ".part")
     except OSError as error:
         data.fail(f"{args.out}: cannot be written ({error.strerror})")
     pretrain(args)
 
 
 if __name__ == "__main__":
-    launch(main)
+    launch(main, "nothing was written")

@@ -87,7 +87,16 @@ def load(path, sessions=STREAM, size=224):
     """
     if not os.path.isdir(path):
         fail(f"{path}: no such folder; --data takes a processed folder with one folder per <session>_<emotion>")
-    found = {session: [] for session in sessions}  # per session: (emotion, file name, key)
+    try:
+        found = _find_samples(path, sessions)
+    except OSError as error:
+        fail(f"{error.filename}: cannot be read ({error.strerror})")
+    return [_read_session(path, session, sorted(found[session]), size) for session in sessions]
+
+
+def _find_samples(path, sessions):
+    """The samples of each session: {session: list of (emotion, file name, key)}."""
+    found = {session: [] for session in sessions}
     left_out = {}
     for folder in sorted(os.listdir(path)):
         if folder.startswith(".") or not os.path.isdir(os.path.join(path, folder)):
@@ -112,7 +121,7 @@ def load(path, sessions=STREAM, size=224):
             found[session].append((emotion, name, f"{folder}/{name}"))
     for folder, count in left_out.items():
         print(f"left out: {count} samples of {folder}, an emotion that Table 1 does not list for this session")
-    return [_read_session(path, session, sorted(found[session]), size) for session in sessions]
+    return found
 
 
 def _read_session(path, name, samples, size):
@@ -199,9 +208,8 @@ def synthetic(size=48, seed=0, sessions=STREAM):
     The same seed gives the same images. It was calibrated on a control without any network (RanPAC's ridge on 12 x 12
     pixels) and on nothing else. Its numbers say nothing about real micro-expressions.
     """
-    return [
-        _synthetic_session(name, size, np.random.RandomState([seed, list(TABLE1).index(name)])) for name in sessions
-    ]
+    seeds = {name: [seed, number] for number, name in enumerate(TABLE1)}  # a session is the same in any company
+    return [_synthetic_session(name, size, np.random.RandomState(seeds[name])) for name in sessions]
 
 
 def _synthetic_session(name, size, random):
@@ -344,8 +352,9 @@ SHEETS = {  # names of the annotation sheet, best first; a file's name may also 
     "casme3": ("cas(me)3_part_A_ME_label_JpgIndex_v2", "part_A_ME_label_JpgIndex"),
     "dfme": ("training_full_with_AU", "coding"),  # Table 1 counts the training part of the challenge
 }
+# The header cells that are looked for, as regular expressions for what _plain leaves of a cell.
 COLUMNS = {"subject": "subject", "clip": "filename", "onset": "onset(frame)?", "apex": "apex(frame)?",
-           "offset": "offset(frame)?", "emotion": "(estimated)?emotion"}  # see _plain  # fmt: skip
+           "offset": "offset(frame)?", "emotion": "(estimated)?emotion"}  # fmt: skip
 RENAMED = {"mmew": {"repression": "others"}}  # the official page's word for what the sheet calls others
 CLIPS = {  # the end of a clip folder's path, or a landmark file's, in lower case; groups: subject, clip, onset
     "casme2": r"sub(\d+)/(ep[\w-]+)",
@@ -430,7 +439,7 @@ def _plan(raw, landmarks, session, out):
     sheet = _find_sheet(session, root, files)
     rows = read_sheet(session, sheet)
     _judge(session, rows, out)
-    marks, place = None, landmarks and _session_folder(landmarks, session)
+    marks, place = None, _session_folder(landmarks, session) if landmarks else None
     if place:
         files = [os.path.join(folder, name) for folder, _, names in os.walk(place) for name in names]
         marks = {_clip_key(path[:-4], session): [path] for path in files if path.lower().endswith(".npy")}
@@ -590,7 +599,8 @@ def _judge(session, rows, out):
         if not all(frames):
             row["reason"] = "onset, apex or offset is not a number"
             continue
-        onset, apex, offset = row["onset"], row["apex"], row["offset"] = [int(frame.group(1)) for frame in frames]
+        onset, apex, offset = [int(frame.group(1)) for frame in frames]
+        row |= {"onset": onset, "apex": apex, "offset": offset}
         # One recording of CAS(ME)^3 holds several micro-expressions.
         key = (row["subject"], row["clip"].lower(), onset if session == "casme3" else None)
         if offset == 0:
@@ -602,7 +612,8 @@ def _judge(session, rows, out):
         elif key in seen:
             row["reason"], row["detail"] = "same clip as another row", f"row {seen[key]} is used"
         else:
-            row["reason"], seen[key] = "", row["row"]
+            seen[key] = row["row"]
+            row["reason"] = ""
             clip = re.sub(r"[^\w.-]", "-", row["clip"])
             name = f"sub{row['subject']:0{DIGITS[session]}d}_{clip}_onset{onset}_apex{apex}.png"
             row["path"] = os.path.join(out, f"{session}_{row['emotion']}", name)
@@ -705,11 +716,11 @@ def _settle(out, settings):
     _write(path, json.dumps(settings, indent=1).encode())
 
 
-def _write(path, data):
+def _write(path, content):
     """Write bytes under a temporary name, then rename: what has its name is complete."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(f"{path}.part", "wb") as file:
-        file.write(data)
+        file.write(content)
     os.replace(f"{path}.part", path)
 
 
@@ -781,4 +792,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\ninterrupted; what is written is whole, the same prepare command goes on from it", file=sys.stderr)
+        raise SystemExit(130) from None

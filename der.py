@@ -55,26 +55,26 @@ SETTINGS = {  # paper, tiny
 def main():
     parser = common.parser(__doc__, SETTINGS)
     args = common.parse(parser, SETTINGS)
-    sessions = common.load_sessions(args)
+    sessions = common.load_sessions(args)  # T data.Session: name, images, emotions, subjects
     images = [torch.from_numpy(session.images).to(args.device) for session in sessions]  # (N, 3, S, S) uint8 each
-    pretrained = common.make_backbone(args)
+    pretrained = common.make_backbone(args)  # pictures (B, 3, S, S) -> features (B, d), in eval mode
     d = pretrained.num_features
-    run = protocols.Run(args, sessions)
-    common.estimate(args, pretrained, sessions, run)
+    run = protocols.Run(args, sessions)  # makes the folds; prints the lines, writes the files
+    common.estimate(args, pretrained, sessions, run)  # only says how long the paper preset takes on a CPU
 
-    for fold in run.folds:
+    for fold in run.folds:  # those asked for, without those that --resume keeps
         # ---- a trial begins: fold i of every session ----
         common.seed(args, fold)
-        rows = rch.RCH()
+        rows = rch.RCH()  # the rows so far, each a (session, emotion) pair
         extractors, head = [], None
         test_images, test_features = [], []
 
         for t, session in enumerate(sessions):
-            # ---- session t arrives ----
-            train, test = run.parts(fold, t)
-            emotions = data.TABLE1[session.name]
-            new = rows.add_session(emotions)
-            x = images[t][train]  # (N, 3, S, S) uint8
+            # ---- session t arrives (session 1 is t = 0) ----
+            train, test = run.parts(fold, t)  # indices into the session's samples
+            emotions = data.TABLE1[session.name]  # the session's 5 to 7 words
+            new = rows.add_session(emotions)  # slice of the new rows among all R
+            x = images[t][train]  # (N, 3, S, S) uint8; N is now the session's training samples
             y = torch.from_numpy(rows.targets(session.emotions)[train]).to(args.device)  # (N,) rows
             test_images.append(images[t][test])
 
@@ -88,22 +88,22 @@ def main():
                     head.weight[: new.start, : t * d] = old_head.weight
                     head.bias[: new.start] = old_head.bias
             aux_head = nn.Linear(d, len(emotions) + 1, device=args.device)  # 0 = old, then the session's emotions
-            old = [common.extract(extractor, x, args) for extractor in extractors[:-1]]
-            old = torch.cat([torch.empty(len(x), 0, device=args.device), *old], 1)  # (N, t d) constants
+            nothing = torch.empty(len(x), 0, device=args.device)  # session 1 has no old extractor
+            old_f = torch.cat([nothing, *(common.extract(old, x, args) for old in extractors[:-1])], 1)  # (N, t d)
 
             # ---- train ----
             epochs = args.epochs_next if t else args.epochs_first
             trained = [*extractors[-1].parameters(), *head.parameters(), *aux_head.parameters()]
             optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay, fused=True)
-            steps = epochs * common.steps(len(x), args.batch)
+            steps = epochs * common.steps_per_epoch(len(x), args.batch)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
             extractors[-1].train()
             for epoch in range(epochs):
-                for batch in common.batches(len(x), args.batch, args.device):
+                for batch in common.batches(len(x), args.batch, args.device):  # shuffled indices (B,)
                     with common.autocast(args):
                         f = extractors[-1](common.normalize(x[batch], args))  # (B, d)
-                        logits = head(torch.cat([old[batch], f], 1))  # (B, R)
-                        aux = aux_head(f)  # (B, emotions of the session + 1)
+                        logits = head(torch.cat([old_f[batch], f], 1))  # (B, R)
+                        aux = aux_head(f)  # (B, emotions of the session + 1), unused in session 1
                     loss = F.cross_entropy(logits.float(), y[batch])
                     if t:
                         loss = loss + F.cross_entropy(aux.float(), y[batch] - new.start + 1)
@@ -113,7 +113,7 @@ def main():
                     schedule.step()
                 common.check_finite(loss, fold, session.name, epoch)
 
-            # ---- test on the fold-i parts of sessions 1..t ----
+            # ---- test on the fold-i parts of all sessions so far ----
             # Old extractors see only the new test images: what they said of the earlier ones is kept.
             extractors[-1].eval()
             for s, extractor in enumerate(extractors[:-1]):
@@ -121,8 +121,9 @@ def main():
             test_features.append(common.extract(extractors[-1], torch.cat(test_images), args))  # (n, d)
             with torch.no_grad():
                 scores = head(torch.cat(test_features, 1))  # (n, R)
+            # Merges the rows, prints the line; after the last session writes the fold's file.
             run.record(fold, t, rows, scores.cpu())
-    run.summary()
+    run.summary()  # of all finished folds of this run
 
 
 if __name__ == "__main__":

@@ -63,7 +63,10 @@ G_BLOCKS, E_BLOCKS = (0, 1), (2, 3, 4)
 
 # ---- the method's own pieces -----------------------------------------------------------------------------------------
 def attend_with_prefix(block, x, prefix):
-    """One timm Block on tokens x (B, n, d), with prefix (B, 2, L, heads, d / heads) before its keys and values."""
+    """One timm Block on tokens x (B, n, d), with prefix (B, 2, L, heads, d / heads) before its keys and values.
+
+    As the block's own forward, without dropout and drop-path: the ViT is always in eval mode.
+    """
     attention = block.attn
     b, n, d = x.shape
     assert prefix.shape[:2] == (b, 2) and prefix.shape[3:] == (attention.num_heads, d // attention.num_heads)
@@ -84,18 +87,18 @@ class Prompts(nn.Module):
         super().__init__()
         heads, self.device = vit.blocks[0].attn.num_heads, vit.pos_embed.device
         self.shape = (2, length, heads, vit.num_features // heads)  # [K, V], L, heads, d / heads
-        self.g = nn.Parameter(self.random(G_BLOCKS))
+        self.g = nn.Parameter(self.uniform(G_BLOCKS))
         self.e = nn.ParameterList()
         self.register_buffer("keys", torch.empty(0, vit.num_features, device=self.device))
 
-    def random(self, blocks):
+    def uniform(self, blocks):  # (blocks, 2, L, heads, d / heads)
         return torch.empty(len(blocks), *self.shape, device=self.device).uniform_(-1, 1)
 
     def grow(self, q):
         """Add an e prompt, a copy of the last one, and the key of the training queries q (N, d)."""
         for old in self.e:
             old.requires_grad_(False)
-        self.e.append(nn.Parameter(self.e[-1].clone() if len(self.e) else self.random(E_BLOCKS)))
+        self.e.append(nn.Parameter(self.e[-1].clone() if len(self.e) else self.uniform(E_BLOCKS)))
         self.keys = torch.cat([self.keys, F.normalize(q, dim=1).mean(0, keepdim=True)])
 
     def choose(self, q):
@@ -125,30 +128,30 @@ def main():
     common.require_plain_vit(args)
     args.variant = "no-prompts" if args.no_prompts else ""
     lr = args.lr_no_prompts if args.no_prompts and args.lr_is_default else args.lr
-    sessions = common.load_sessions(args)
+    sessions = common.load_sessions(args)  # T data.Session: name, images, emotions, subjects
     images = [torch.from_numpy(session.images).to(args.device) for session in sessions]  # (N, 3, S, S) uint8 each
     vit = common.make_backbone(args).requires_grad_(False)  # frozen, in eval mode, the same for all folds
     d = vit.num_features
-    run = protocols.Run(args, sessions)
+    run = protocols.Run(args, sessions)  # makes the folds; prints the lines, writes the files
     if not args.no_prompts:
-        common.estimate(args, vit, sessions, run)
-    # The ViT is frozen, so a picture's query is a constant: computed once for all folds and epochs.
-    queries = [common.extract(lambda x: vit.forward_features(x)[:, 0], x, args) for x in images]  # (N, d) each
-    usage = torch.zeros(len(sessions), len(sessions))
+        common.estimate(args, vit, sessions, run)  # only says how long the paper preset takes on a CPU
+    # A picture's query is the class token of the untouched ViT: a constant, computed once for all folds and epochs.
+    queries = [common.extract(lambda x: vit.forward_features(x)[:, 0], whole, args) for whole in images]  # (N, d) each
+    usage = torch.zeros(len(sessions), len(sessions))  # (T, T): whose key the test samples of a session chose
 
-    for fold in run.folds:
+    for fold in run.folds:  # those asked for, without those that --resume keeps
         # ---- a trial begins: fold i of every session ----
         common.seed(args, fold)
-        rows = rch.RCH()
+        rows = rch.RCH()  # the rows so far, each a (session, emotion) pair
         prompts = Prompts(vit, args.length)
         heads = nn.ModuleList()
         test_images, test_queries = [], []
 
         for t, session in enumerate(sessions):
-            # ---- session t arrives ----
-            train, test = run.parts(fold, t)
-            emotions = data.TABLE1[session.name]
-            new = rows.add_session(emotions)
+            # ---- session t arrives (session 1 is t = 0) ----
+            train, test = run.parts(fold, t)  # indices into the session's samples
+            emotions = data.TABLE1[session.name]  # the session's 5 to 7 words
+            new = rows.add_session(emotions)  # slice of the new rows among all R
             x, q = images[t][train], queries[t][train]  # (N, 3, S, S) uint8, (N, d)
             y = torch.from_numpy(rows.targets(session.emotions)[train]).to(args.device)  # (N,) rows
             test_images.append(images[t][test])
@@ -163,9 +166,9 @@ def main():
             trained = [*([] if args.no_prompts else [prompts.g, prompts.e[-1]]), *heads[-1].parameters()]
             optimizer = torch.optim.Adam(trained, lr, fused=True)
             for epoch in range(epochs):
-                for batch in common.batches(len(x), args.batch, args.device):
+                for batch in common.batches(len(x), args.batch, args.device):  # shuffled indices (B,)
+                    index = torch.full((len(batch),), t, device=args.device)  # (B,) the session is known in training
                     with common.autocast(args):
-                        index = torch.full((len(batch),), t, device=args.device)  # the session is known in training
                         if args.no_prompts:
                             f = q[batch]  # (B, d)
                         else:
@@ -178,22 +181,26 @@ def main():
                     optimizer.step()
                 common.check_finite(loss, fold, session.name, epoch)
 
-            # ---- test on the fold-i parts of sessions 1..t ----
+            # ---- test on the fold-i parts of all sessions so far ----
             with torch.no_grad():
-                f = torch.cat(test_queries)
-                index = prompts.choose(f)  # at test it is not: the nearest key decides
-                if not args.no_prompts:
+                test_q = torch.cat(test_queries)  # (n, d)
+                index = prompts.choose(test_q)  # (n,) at test the session is not known: the nearest key decides
+                if args.no_prompts:
+                    f = test_q
+                else:
                     f = common.extract(functools.partial(prompts, vit), torch.cat(test_images), args, index)  # (n, d)
                 scores = torch.cat([head(f) for head in heads], 1)  # (n, R)
+            # Merges the rows, prints the line; after the last session writes the fold's file.
             run.record(fold, t, rows, scores.cpu())
+        # The trial is over: which keys did the last test choose?
         for s, chosen in enumerate(index.split([len(q) for q in test_queries])):
             usage[s] += chosen.bincount(minlength=len(sessions)).cpu()
     if run.folds and not args.no_prompts:
-        print("\nwhose key each session's test samples chose at the end, in %")
+        print("\nwhose key each session's test samples in these folds chose at the end, in %")
         print(" " * 7 + "".join(f"{session.name:>8s}" for session in sessions))
         for session, counts in zip(sessions, usage):
             print(f"{session.name:7s}" + "".join(f"{v:8.1f}" for v in (100 * counts / counts.sum()).tolist()))
-    run.summary()
+    run.summary()  # of all finished folds of this run
 
 
 if __name__ == "__main__":

@@ -63,34 +63,32 @@ def main():
     parser = common.parser(__doc__, SETTINGS, protocols=("ilcv", "slcv", "loso"))
     control = parser.add_mutually_exclusive_group()
     control.add_argument("--joint", action="store_true", help="upper bound: retrain on all sessions so far")
-    control.add_argument(
-        "--no-rch", action="store_true", help="one row per emotion instead of one per session and emotion"
-    )
+    control.add_argument("--no-rch", action="store_true", help="one row per emotion, not per session and emotion")
     args = common.parse(parser, SETTINGS)
     args.variant = "joint" if args.joint else "no-rch" if args.no_rch else ""
-    sessions = common.load_sessions(args)
+    sessions = common.load_sessions(args)  # T data.Session: name, images, emotions, subjects
     images = [torch.from_numpy(session.images).to(args.device) for session in sessions]  # (N, 3, S, S) uint8 each
-    pretrained = common.make_backbone(args)
-    run = protocols.Run(args, sessions)
-    common.estimate(args, pretrained, sessions, run)
+    pretrained = common.make_backbone(args)  # pictures (B, 3, S, S) -> features (B, d), in eval mode
+    run = protocols.Run(args, sessions)  # makes the folds; prints the lines, writes the files
+    common.estimate(args, pretrained, sessions, run)  # only says how long the paper preset takes on a CPU
 
-    for fold in run.folds:
+    for fold in run.folds:  # those asked for, without those that --resume keeps
         # ---- a trial begins: fold i of every session ----
         common.seed(args, fold)
-        rows = rch.RCH()
+        rows = rch.RCH()  # the rows so far, each a (session, emotion) pair
         backbone = copy.deepcopy(pretrained)
         heads = nn.ModuleList()
         test_images, seen = [], []
 
         for t, session in enumerate(sessions):
-            # ---- session t arrives ----
-            train, test = run.parts(fold, t)
-            emotions = data.TABLE1[session.name]
+            # ---- session t arrives (session 1 is t = 0) ----
+            train, test = run.parts(fold, t)  # indices into the session's samples
+            emotions = data.TABLE1[session.name]  # the session's 5 to 7 words
             if args.joint or args.no_rch:  # the controls have one row per emotion
                 new = rows.add_session([emotion for emotion in emotions if emotion not in rows.emotions])
             else:
-                new = rows.add_session(emotions)
-            x = images[t][train]  # (N, 3, S, S) uint8
+                new = rows.add_session(emotions)  # slice of the new rows among all R
+            x = images[t][train]  # (N, 3, S, S) uint8; N is now the session's training samples
             y = torch.from_numpy(rows.targets(session.emotions)[train]).to(args.device)  # (N,) rows
             test_images.append(images[t][test])
 
@@ -101,21 +99,22 @@ def main():
                 backbone, heads, new = copy.deepcopy(pretrained), nn.ModuleList(), slice(0, len(rows.emotions))
             if new.stop > new.start:  # without RCH, a session of old emotions adds no row
                 heads.append(nn.Linear(backbone.num_features, new.stop - new.start, device=args.device))
+            # The loss is over the session's rows only: -inf is added to the others. --joint trains all of them.
             outside = torch.full((len(rows.row_emotion),), -torch.inf, device=args.device)  # (R,)
-            outside[slice(None) if args.joint else rows.targets(emotions)] = 0  # the loss is over the session's rows
+            outside[slice(None) if args.joint else rows.targets(emotions)] = 0
 
             # ---- train ----
             epochs = args.epochs_first if t == 0 or args.joint else args.epochs_next
             trained = [*backbone.parameters(), *(heads if args.no_rch else heads[-1]).parameters()]
             optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay, fused=True)
-            steps = epochs * common.steps(len(x), args.batch)
+            steps = epochs * common.steps_per_epoch(len(x), args.batch)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
             backbone.train()
             for epoch in range(epochs):
-                for batch in common.batches(len(x), args.batch, args.device):
+                for batch in common.batches(len(x), args.batch, args.device):  # shuffled indices (B,)
                     with common.autocast(args):
-                        features = backbone(common.normalize(x[batch], args))  # (B, d)
-                        logits = torch.cat([head(features) for head in heads], 1)  # (B, R)
+                        f = backbone(common.normalize(x[batch], args))  # (B, d)
+                        logits = torch.cat([head(f) for head in heads], 1)  # (B, R)
                     loss = F.cross_entropy(logits.float() + outside, y[batch])
                     optimizer.zero_grad()
                     loss.backward()
@@ -123,13 +122,14 @@ def main():
                     schedule.step()
                 common.check_finite(loss, fold, session.name, epoch)
 
-            # ---- test on the fold-i parts of sessions 1..t ----
+            # ---- test on the fold-i parts of all sessions so far ----
             backbone.eval()
             with torch.no_grad():
-                features = common.extract(backbone, torch.cat(test_images), args)  # (n, d)
-                scores = torch.cat([head(features) for head in heads], 1)  # (n, R)
+                f = common.extract(backbone, torch.cat(test_images), args)  # (n, d)
+                scores = torch.cat([head(f) for head in heads], 1)  # (n, R)
+            # Merges the rows, prints the line; after the last session writes the fold's file.
             run.record(fold, t, rows, scores.cpu())
-    run.summary()
+    run.summary()  # of all finished folds of this run
 
 
 if __name__ == "__main__":

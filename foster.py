@@ -62,35 +62,35 @@ SETTINGS = {  # paper, tiny
 
 
 # ---- the method's own pieces -----------------------------------------------------------------------------------------
-def distillation(scores, teacher, temperature=2):
-    """KD(p, s): cross-entropy of softened scores (B, C) against a softened teacher (B, C), averaged over the batch."""
-    return -(F.softmax(teacher / temperature, 1) * F.log_softmax(scores / temperature, 1)).sum(1).mean()
+def distillation(scores, teacher_scores, temperature=2):
+    """KD(p, s) with p = scores and s = teacher_scores, (B, R) each: a scalar, the mean over the batch."""
+    return -(F.softmax(teacher_scores / temperature, 1) * F.log_softmax(scores / temperature, 1)).sum(1).mean()
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
 def main():
     parser = common.parser(__doc__, SETTINGS)
     args = common.parse(parser, SETTINGS)
-    sessions = common.load_sessions(args)
+    sessions = common.load_sessions(args)  # T data.Session: name, images, emotions, subjects
     images = [torch.from_numpy(session.images).to(args.device) for session in sessions]  # (N, 3, S, S) uint8 each
-    pretrained = common.make_backbone(args)
+    pretrained = common.make_backbone(args)  # pictures (B, 3, S, S) -> features (B, d), in eval mode
     d = pretrained.num_features
-    run = protocols.Run(args, sessions)
-    common.estimate(args, pretrained, sessions, run)
+    run = protocols.Run(args, sessions)  # makes the folds; prints the lines, writes the files
+    common.estimate(args, pretrained, sessions, run)  # only says how long the paper preset takes on a CPU
 
-    for fold in run.folds:
+    for fold in run.folds:  # those asked for, without those that --resume keeps
         # ---- a trial begins: fold i of every session ----
         common.seed(args, fold)
-        rows = rch.RCH()
+        rows = rch.RCH()  # the rows so far, each a (session, emotion) pair
         student, student_head = pretrained, None
-        test_images, old_test = [], torch.empty(0, d, device=args.device)
+        test_images, old_test_f = [], torch.empty(0, d, device=args.device)
 
         for t, session in enumerate(sessions):
-            # ---- session t arrives ----
-            train, test = run.parts(fold, t)
-            emotions = data.TABLE1[session.name]
-            new = rows.add_session(emotions)
-            x = images[t][train]  # (N, 3, S, S) uint8
+            # ---- session t arrives (session 1 is t = 0) ----
+            train, test = run.parts(fold, t)  # indices into the session's samples
+            emotions = data.TABLE1[session.name]  # the session's 5 to 7 words
+            new = rows.add_session(emotions)  # slice of the new rows among all R
+            x = images[t][train]  # (N, 3, S, S) uint8; N is now the session's training samples
             y = torch.from_numpy(rows.targets(session.emotions)[train]).to(args.device)  # (N,) rows
             test_images.append(images[t][test])
 
@@ -111,15 +111,15 @@ def main():
             epochs = args.epochs_next if t else args.epochs_first
             trained = [*backbone.parameters(), *head.parameters(), *new_head.parameters()]
             optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay, fused=True)
-            steps = epochs * common.steps(len(x), args.batch)
+            steps = epochs * common.steps_per_epoch(len(x), args.batch)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
             backbone.train()
             for epoch in range(epochs):
-                for batch in common.batches(len(x), args.batch, args.device):
+                for batch in common.batches(len(x), args.batch, args.device):  # shuffled indices (B,)
                     with common.autocast(args):
                         f = backbone(common.normalize(x[batch], args))  # (B, d)
                         logits = head(torch.cat([old_f[batch], f], 1) if t else f)  # (B, R)
-                        new_logits = new_head(f)  # (B, R)
+                        new_logits = new_head(f)  # (B, R), unused in session 1
                     loss = F.cross_entropy(logits.float(), y[batch])
                     if t:
                         loss = loss + F.cross_entropy(new_logits.float(), y[batch])
@@ -135,7 +135,7 @@ def main():
             # Compression: a student starts from the old network and learns what the teacher says.
             if t:
                 with torch.no_grad():
-                    teacher = head(torch.cat([old_f, common.extract(backbone, x, args)], 1))  # (N, R) constants
+                    teacher_scores = head(torch.cat([old_f, common.extract(backbone, x, args)], 1))  # (N, R)
                     student = copy.deepcopy(old).requires_grad_(True)
                     student_head = nn.Linear(d, new.stop, device=args.device)
                     student_head.weight[: new.start] = old_head.weight
@@ -145,10 +145,10 @@ def main():
                 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
                 student.train()
                 for epoch in range(epochs):
-                    for batch in common.batches(len(x), args.batch, args.device):
+                    for batch in common.batches(len(x), args.batch, args.device):  # shuffled indices (B,)
                         with common.autocast(args):
                             logits = student_head(student(common.normalize(x[batch], args)))  # (B, R)
-                        loss = distillation(logits.float(), teacher[batch])
+                        loss = distillation(logits.float(), teacher_scores[batch])
                         optimizer.zero_grad()
                         loss.backward()
                         optimizer.step()
@@ -156,18 +156,19 @@ def main():
                     common.check_finite(loss, fold, session.name, epoch)
                 student.eval().requires_grad_(False)
 
-            # ---- test on the fold-i parts of sessions 1..t ----
+            # ---- test on the fold-i parts of all sessions so far ----
             # The old network is the last session's student, whose features of the earlier test images are kept.
             with torch.no_grad():
                 everything = torch.cat(test_images)
-                student_test = common.extract(student, everything, args)  # (n, d)
-                scores = student_scores = student_head(student_test)  # (n, R)
+                student_f = common.extract(student, everything, args)  # (n, d)
+                scores = student_scores = student_head(student_f)  # (n, R); in session 1 there is no teacher
                 if t:
-                    old_test = torch.cat([old_test, common.extract(old, test_images[-1], args)])
-                    scores = head(torch.cat([old_test, common.extract(backbone, everything, args)], 1))
-                old_test = student_test
+                    old_test_f = torch.cat([old_test_f, common.extract(old, test_images[-1], args)])
+                    scores = head(torch.cat([old_test_f, common.extract(backbone, everything, args)], 1))
+                old_test_f = student_f
+            # Merges the rows, prints the line; after the last session writes the fold's file.
             run.record(fold, t, rows, scores.cpu(), student=student_scores.cpu())
-    run.summary()
+    run.summary()  # of all finished folds of this run
 
 
 if __name__ == "__main__":

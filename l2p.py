@@ -95,30 +95,30 @@ def main():
     common.require_plain_vit(args)
     args.variant = "no-prompts" if args.no_prompts else ""
     lr = args.lr_no_prompts if args.no_prompts and args.lr_is_default else args.lr
-    sessions = common.load_sessions(args)
+    sessions = common.load_sessions(args)  # T data.Session: name, images, emotions, subjects
     images = [torch.from_numpy(session.images).to(args.device) for session in sessions]  # (N, 3, S, S) uint8 each
     vit = common.make_backbone(args).requires_grad_(False)  # frozen, in eval mode, the same for all folds
     d = vit.num_features
-    run = protocols.Run(args, sessions)
+    run = protocols.Run(args, sessions)  # makes the folds; prints the lines, writes the files
     if not args.no_prompts:
-        common.estimate(args, vit, sessions, run)
-    # The ViT is frozen, so a picture's query is a constant: computed once for all folds and epochs.
-    queries = [common.extract(lambda x: vit.forward_features(x)[:, 0], x, args) for x in images]  # (N, d) each
-    usage = torch.zeros(len(sessions), args.pool)
+        common.estimate(args, vit, sessions, run)  # only says how long the paper preset takes on a CPU
+    # A picture's query is the class token of the untouched ViT: a constant, computed once for all folds and epochs.
+    queries = [common.extract(lambda x: vit.forward_features(x)[:, 0], whole, args) for whole in images]  # (N, d) each
+    usage = torch.zeros(len(sessions), args.pool)  # (T, P): how often the test samples of a session chose a prompt
 
-    for fold in run.folds:
+    for fold in run.folds:  # those asked for, without those that --resume keeps
         # ---- a trial begins: fold i of every session ----
         common.seed(args, fold)
-        rows = rch.RCH()
+        rows = rch.RCH()  # the rows so far, each a (session, emotion) pair
         pool = PromptPool(args.pool, args.length, d, args.device)
         heads = nn.ModuleList()
         test_images, test_queries = [], []
 
         for t, session in enumerate(sessions):
-            # ---- session t arrives ----
-            train, test = run.parts(fold, t)
-            emotions = data.TABLE1[session.name]
-            new = rows.add_session(emotions)
+            # ---- session t arrives (session 1 is t = 0) ----
+            train, test = run.parts(fold, t)  # indices into the session's samples
+            emotions = data.TABLE1[session.name]  # the session's 5 to 7 words
+            new = rows.add_session(emotions)  # slice of the new rows among all R
             x, q = images[t][train], queries[t][train]  # (N, 3, S, S) uint8, (N, d)
             y = torch.from_numpy(rows.targets(session.emotions)[train]).to(args.device)  # (N,) rows
             test_images.append(images[t][test])
@@ -132,38 +132,43 @@ def main():
             trained = [*([] if args.no_prompts else pool.parameters()), *heads[-1].parameters()]
             optimizer = torch.optim.Adam(trained, lr, fused=True)
             for epoch in range(epochs):
-                for batch in common.batches(len(x), args.batch, args.device):
-                    f, pull = q[batch], 0.0  # (B, d)
-                    if not args.no_prompts:
-                        index, cosine = pool.choose(q[batch], args.chosen)  # (B, chosen) each
-                        pull = args.pull * cosine.sum(1).mean()
+                for batch in common.batches(len(x), args.batch, args.device):  # shuffled indices (B,)
+                    index, cosine = pool.choose(q[batch], args.chosen)  # (B, chosen) each
                     with common.autocast(args):
-                        if not args.no_prompts:
+                        if args.no_prompts:
+                            f = q[batch]  # (B, d)
+                        else:
                             f = pool(vit, common.normalize(x[batch], args), index)  # (B, d)
                         logits = heads[-1](f)  # (B, emotions of the session)
-                    loss = F.cross_entropy(logits.float(), y[batch] - new.start) - pull
+                    loss = F.cross_entropy(logits.float(), y[batch] - new.start)
+                    if not args.no_prompts:
+                        loss = loss - args.pull * cosine.sum(1).mean()  # reaches the chosen keys only
                     optimizer.zero_grad()
                     loss.backward()
                     nn.utils.clip_grad_norm_(trained, 1.0)
                     optimizer.step()
                 common.check_finite(loss, fold, session.name, epoch)
 
-            # ---- test on the fold-i parts of sessions 1..t ----
+            # ---- test on the fold-i parts of all sessions so far ----
             with torch.no_grad():
-                f = torch.cat(test_queries)
-                index, _ = pool.choose(f, args.chosen)
-                if not args.no_prompts:
+                test_q = torch.cat(test_queries)  # (n, d)
+                index, _ = pool.choose(test_q, args.chosen)  # (n, chosen)
+                if args.no_prompts:
+                    f = test_q
+                else:
                     f = common.extract(functools.partial(pool, vit), torch.cat(test_images), args, index)  # (n, d)
                 scores = torch.cat([head(f) for head in heads], 1)  # (n, R)
+            # Merges the rows, prints the line; after the last session writes the fold's file.
             run.record(fold, t, rows, scores.cpu())
+        # The trial is over: which prompts did the last test choose?
         for s, chosen in enumerate(index.split([len(q) for q in test_queries])):
             usage[s] += chosen.flatten().bincount(minlength=args.pool).cpu()
     if run.folds and not args.no_prompts:
-        print("\nhow often each prompt was chosen at the end, in % of a session's test samples")
+        print("\nhow often each prompt was chosen at the end, in % of a session's test samples in these folds")
         for session, counts in zip(sessions, usage):
-            share = 100 * args.chosen * counts / counts.sum()
+            share = 100 * args.chosen * counts / counts.sum()  # each sample chooses `chosen` prompts
             print(f"{session.name:7s}" + "".join(f"{v:6.1f}" for v in share.tolist()))
-    run.summary()
+    run.summary()  # of all finished folds of this run
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 import time
 
@@ -31,6 +32,7 @@ import numpy as np
 
 import rch
 
+HERE = os.path.dirname(os.path.abspath(__file__))
 K = 5  # folds, as the paper
 
 
@@ -74,8 +76,10 @@ def accuracy(true, predicted):
 def uf1(true, predicted):
     """Unweighted F1: the mean over classes of 2 TP / (2 TP + FP + FN). Only classes present in `true` count."""
     true, predicted = np.asarray(true), np.asarray(predicted)
-    return float(np.mean([2 * np.sum((true == c) & (predicted == c)) / (np.sum(true == c) + np.sum(predicted == c))
-                          for c in np.unique(true)]))  # fmt: skip
+    classes = np.unique(true)
+    hits = np.array([np.sum((true == c) & (predicted == c)) for c in classes])  # TP
+    sizes = np.array([np.sum(true == c) + np.sum(predicted == c) for c in classes])  # 2 TP + FP + FN
+    return float(np.mean(2 * hits / sizes))
 
 
 def uar(true, predicted):
@@ -85,7 +89,10 @@ def uar(true, predicted):
 
 
 def interval(correct, total):
-    """95 % Wilson interval of a share, 0 to 1. It takes samples as independent, though one person's are not quite."""
+    """95 % Wilson interval (low, high) of the share correct / total, 0 to 1.
+
+    It takes samples as independent, though one person's are not quite.
+    """
     z, p = 1.96, correct / total
     middle, half = p + z * z / (2 * total), z * np.sqrt(p * (1 - p) / total + z * z / (4 * total**2))
     return (middle - half) / (1 + z * z / total), (middle + half) / (1 + z * z / total)
@@ -132,13 +139,12 @@ class Run:
         for session, tests in zip(sessions, self.tests):
             manifest.update(json.dumps([session.name, session.keys, [test.tolist() for test in tests]]).encode())
             manifest.update(session.images.tobytes())
-        skip = ("folds", "out", "resume", "data", "weights", "device")
+        skip = ("folds", "out", "resume", "data", "weights", "device")  # where things lie; what is in them is hashed
         self.info = {name: value for name, value in vars(args).items() if name not in skip}
         self.info |= {"device": args.device.type, "synthetic": args.data is None, "logits": logits, "fold_count": count,
                       "manifest": manifest.hexdigest()[:12]}  # fmt: skip
-        script = os.path.abspath(sys.argv[0])
-        for path in (script, *(os.path.join(os.path.dirname(os.path.abspath(__file__)), f"{room}.py")
-                               for room in ("common", "data", "protocols", "rch"))):  # fmt: skip
+        rooms = [os.path.join(HERE, f"{room}.py") for room in ("common", "data", "protocols", "rch")]
+        for path in [os.path.abspath(sys.argv[0]), *rooms]:
             with open(path, "rb") as file:
                 self.info[os.path.basename(path)] = hashlib.sha256(file.read()).hexdigest()[:12]
 
@@ -161,7 +167,8 @@ class Run:
               f"{args.device}, folds and data {self.info['manifest']}")  # fmt: skip
         if kept:
             print(f"kept from {self.folder}: folds {', '.join(map(str, sorted(kept)))}")
-        self.names, self.printed = ["sum", "prob"] if logits else ["sum"], False
+        self.ways = ["sum", "prob"] if logits else ["sum"]
+        self.header_printed = False
         self.clock = time.perf_counter()
 
     def _resume(self, resume):
@@ -173,9 +180,7 @@ class Run:
         new = json.loads(json.dumps(self.info))
         changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
         if changed:
-            fail(
-                f"--resume: {self.folder} differs from this run in {', '.join(changed)}; without --resume it is redone"
-            )
+            fail(f"--resume: {self.folder} differs in {', '.join(changed)}; without --resume it is redone")
         return set(read_folds(self.folder, new))
 
     def parts(self, fold, t):
@@ -184,11 +189,14 @@ class Run:
         return np.setdiff1d(np.arange(len(self.sessions[t].keys)), test), test
 
     def record(self, fold, t, rows, scores, **others):
-        """Take the row scores (n, R) of the fold-`fold` test parts of sessions 0..t, in order, and print the line.
+        """Score the model after session t, and print the line; after the last session write the fold's file.
 
-        rows is the rch.RCH that the scores belong to. `others` are further scores to keep and print, named.
+        scores  (n, R) row scores of the fold-`fold` test parts of sessions 0..t, in that order: array or CPU tensor
+        rows    the rch.RCH that they belong to
+        others  further row scores (n, R) to keep and to print behind the first, named
+        Ends with one line if the file cannot be written. A printed last line means a kept fold.
         """
-        if t == 0:
+        if t == 0:  # a trial begins
             self.saved = {"seconds": [], "train_counts": []}
         tests = [self.parts(fold, s)[1] for s in range(t + 1)]
         labels = np.array([self.sessions[s].emotions[i] for s in range(t + 1) for i in tests[s]])
@@ -204,7 +212,7 @@ class Run:
             values = np.asarray(values, np.float32)
             assert values.shape == (len(labels), len(rows.row_emotion))
             self.saved[f"{name or 'scores'}_{t}"] = values
-            predictions = [predict(values, rows.row_emotion, rows.row_session, counts, how) for how in self.names]
+            predictions = [predict(values, rows.row_emotion, rows.row_session, counts, how) for how in self.ways]
             shares = [accuracy(true, p) for p in predictions] + [uf1(true, predictions[0]), uar(true, predictions[0])]
             cells.append(name + "".join(f"{100 * share:6.1f}" for share in shares))
         if t == len(self.sessions) - 1:
@@ -225,23 +233,23 @@ class Run:
             try:
                 _write(path, file.getvalue())
             except OSError as error:
-                fail(
-                    f"{path}: cannot be written ({error.strerror}); finished folds are kept, --resume goes on from them"
-                )
-        if not self.printed:
-            columns = "".join(f"{name:>6s}" for name in (*self.names, "UF1", "UAR"))
+                fail(f"{path}: cannot be written ({error.strerror}); --resume goes on from the finished folds")
+        if not self.header_printed:
+            columns = "".join(f"{column:>6s}" for column in (*self.ways, "UF1", "UAR"))
             print(f"fold  session  emotions  {columns}   seconds")
-            self.printed = True
+            self.header_printed = True
         line = f"{fold:4d}  {self.sessions[t].name:7s}  {len(rows.emotions):8d}  {cells[0]}  {now - self.clock:8.1f}"
         print("   ".join([line, *cells[1:]]), flush=True)
         self.clock = time.perf_counter()
 
     def summary(self):
-        """Print the run's summary from its files: all finished folds, those of other processes too."""
-        info = json.loads(json.dumps(self.info))
-        folds = read_folds(self.folder, info)
+        """Print the run's summary from its files: all finished folds, those of other processes too.
+
+        Under torchrun the processes end at different times; there the report (python protocols.py) gives the summary.
+        """
         if self.world == 1:
-            print(summarise(info, folds))
+            info = json.loads(json.dumps(self.info))
+            print(summarise(info, read_folds(self.folder, info)))
         print(f"files: {self.folder}; all runs as a table: python protocols.py {os.path.dirname(self.folder) or '.'}")
 
 
@@ -256,10 +264,9 @@ def _write(path, content):
         with open(part, "wb") as file:
             file.write(content)
         os.replace(part, path)
-    except OSError:
-        with contextlib.suppress(OSError):
+    finally:
+        with contextlib.suppress(OSError):  # it is gone, if all went well
             os.remove(part)
-        raise
 
 
 def _read_info(path):
@@ -268,7 +275,8 @@ def _read_info(path):
             info = json.load(file)
     except (OSError, ValueError) as error:
         fail(f"{path}: cannot be read ({error})")
-    needed = {"fold_count": int, "sessions": list, "changed": list, "seed": int, "logits": bool, "synthetic": bool}
+    needed = {"fold_count": int, "sessions": list, "changed": list, "seed": int}
+    needed |= dict.fromkeys(("logits", "synthetic", "default_sessions"), bool)
     needed |= dict.fromkeys(("method", "variant", "backbone", "protocol", "preset", "checkpoint"), str)
     if not isinstance(info, dict) or not all(isinstance(info.get(name), kind) for name, kind in needed.items()):
         fail(f"{path}: not a run.json of this project")
@@ -295,45 +303,57 @@ def read_folds(folder, info):
 # ======================================================================================================================
 # The summary, the paper's numbers and the report. No method needs them to be read.
 # ======================================================================================================================
-def outcome(fold, t, how="sum"):
+def ways(info):
+    """The remaps that mean something for a run's scores: prob and centered undo a constant that only logits have."""
+    return rch.WAYS if info["logits"] else ("sum", "max")
+
+
+def outcome(saved, t, how="sum"):
     """(true, predicted, source session) of one fold's tests after session t, (n,) int each, from its file's arrays."""
-    values = fold[f"scores_{t}"]
-    row_emotion, row_session = fold["row_emotion"][: values.shape[1]], fold["row_session"][: values.shape[1]]
-    counts = fold["train_counts"][t][: row_emotion.max() + 1]
-    true = np.array([list(fold["emotions"]).index(word) for word in fold["labels"][: len(values)]])
-    return true, predict(values, row_emotion, row_session, counts, how), fold["session"][: len(values)]
+    scores = saved[f"scores_{t}"]
+    row_emotion, row_session = saved["row_emotion"][: scores.shape[1]], saved["row_session"][: scores.shape[1]]
+    counts = saved["train_counts"][t][: row_emotion.max() + 1]
+    true = np.array([list(saved["emotions"]).index(word) for word in saved["labels"][: len(scores)]])
+    return true, predict(scores, row_emotion, row_session, counts, how), saved["session"][: len(scores)]
 
 
 def pooled(folds, t, how="sum"):
     """The same, over all folds: three arrays."""
-    return [np.concatenate(arrays) for arrays in zip(*(outcome(fold, t, how) for fold in folds.values()))]
+    return [np.concatenate(arrays) for arrays in zip(*(outcome(saved, t, how) for saved in folds.values()))]
 
 
-def curve(folds, how="sum"):
-    """Accuracies (folds, T + 2) in percent: A_1..A_T, A-bar, A-tilde of each fold."""
-    last = len(next(iter(folds.values()))["train_counts"])
-    a = np.array([[100 * accuracy(*outcome(fold, t, how)[:2]) for t in range(last)] for fold in folds.values()])
+def session_count(folds):
+    """T, from any fold's file."""
+    return len(next(iter(folds.values()))["train_counts"])
+
+
+def with_means(a):
+    """Accuracies (folds, T) -> (folds, T + 2): A_1..A_T, A-bar, A-tilde of each fold."""
     return np.concatenate([a, a.mean(1, keepdims=True), a[:, -1:]], 1)
 
 
-def majority(fold, t):
-    """Accuracy after session t of always answering the emotion that was most frequent in training so far."""
-    true, _, _ = outcome(fold, t)
-    return accuracy(true, np.full(len(true), fold["train_counts"][t].argmax()))
+def curve(folds, how="sum"):
+    """A_1..A_T, A-bar, A-tilde of each fold, (folds, T + 2) in percent."""
+    times = range(session_count(folds))
+    return with_means(np.array([[100 * accuracy(*outcome(f, t, how)[:2]) for t in times] for f in folds.values()]))
+
+
+def majority(saved, t):
+    """Accuracy after session t of always answering the emotion that was most frequent in training so far, 0 to 1."""
+    true, _, _ = outcome(saved, t)
+    return accuracy(true, np.full(len(true), saved["train_counts"][t].argmax()))
 
 
 def majority_curve(folds):
-    """Accuracies (T + 2,) in percent of always answering that, mean over folds: A_1..A_T, A-bar, A-tilde."""
-    last = len(next(iter(folds.values()))["train_counts"])
-    a = [100 * np.mean([majority(fold, t) for fold in folds.values()]) for t in range(last)]
-    return [*a, np.mean(a), a[-1]]
+    """The same as a curve: A_1..A_T, A-bar, A-tilde of each fold, (folds, T + 2) in percent."""
+    times = range(session_count(folds))
+    return with_means(np.array([[100 * majority(saved, t) for t in times] for saved in folds.values()]))
 
 
 def per_source(folds, how="sum"):
     """Accuracies (T, T), pooled, 0 to 1: [t, s] on the tests of session s after training on t; nan for s > t."""
-    last = len(next(iter(folds.values()))["train_counts"])
-    matrix = np.full((last, last), np.nan)
-    for t in range(last):
+    matrix = np.full((session_count(folds), session_count(folds)), np.nan)
+    for t in range(len(matrix)):
         true, predicted, source = pooled(folds, t, how)
         matrix[t, : t + 1] = [accuracy(true[source == s], predicted[source == s]) for s in range(t + 1)]
     return matrix
@@ -343,39 +363,40 @@ def summarise(info, folds):
     """The summary of a run as text."""
     if not folds:
         return "no finished folds"
-    names, last = info["sessions"], len(info["sessions"]) - 1
-    columns = [f"S{t + 1} {name}" for t, name in enumerate(names)] + ["A-bar", "A-tilde"]
-    lines = [
-        f"\n{len(folds)} of {info['fold_count']} folds, accuracy in %" + " " * 6 + "".join(f"{c:>12s}" for c in columns)
-    ]
+    names, last, loso = info["sessions"], len(info["sessions"]) - 1, info["protocol"] == "loso"
+    columns = [f"S{t + 1} {name}" for t, name in enumerate(names)] + ([] if loso else ["A-bar", "A-tilde"])
+    head = f"{len(folds)} of {info['fold_count']} folds, accuracy in %"
+    lines = ["", f"{head:32s}" + "".join(f"{column:>12s}" for column in columns)]
 
-    def add(label, values):
-        lines.append(f"{label:32s}" + "".join(f"{v:>12s}" for v in values))
+    def add(label, cells):
+        lines.append(f"{label:32s}" + "".join(f"{cell:>12s}" for cell in cells))
 
-    if info["protocol"] != "loso":  # LOSO folds are single persons: only the pooled numbers mean anything
+    if not loso:  # LOSO folds are single persons: only the pooled numbers mean anything
         for how in ["sum", "prob"] if info["logits"] else ["sum"]:
             a = curve(folds, how)
             add(f"{how}, mean over folds", [f"{v:.2f}" for v in a.mean(0)])
             if len(folds) > 1:
                 add("  +- standard deviation", [f"{v:.2f}" for v in a.std(0, ddof=1)])
-        if papers(info):
-            add("the paper's Table 2", [f"{v:.2f}" for v in papers(info)])
+        if paper_numbers(info):
+            add("the paper's Table 2", [f"{v:.2f}" for v in paper_numbers(info)])
     results = [pooled(folds, t) for t in range(last + 1)]
     add("sum, pooled over folds", [f"{100 * accuracy(true, predicted):.2f}" for true, predicted, _ in results])
     bounds = [interval(np.sum(true == predicted), len(true)) for true, predicted, _ in results]
     add("  95 % interval", [f"{100 * low:.1f}-{100 * high:.1f}" for low, high in bounds])
     add("UF1, pooled", [f"{100 * uf1(true, predicted):.2f}" for true, predicted, _ in results])
     add("UAR, pooled", [f"{100 * uar(true, predicted):.2f}" for true, predicted, _ in results])
-    add("always the commonest emotion", [f"{v:.2f}" for v in majority_curve(folds)])
-    if info["protocol"] == "loso" and papers(info):
-        add("the paper: accuracy, F1, UAR", [f"{v:.2f}" for v in papers(info)])
+    sizes = [len(saved["labels"]) for saved in folds.values()] if loso else None
+    often = np.average(majority_curve(folds), axis=0, weights=sizes)[: len(columns)]
+    add("always the commonest emotion", [f"{v:.2f}" for v in often])
+    if loso and paper_numbers(info):
+        lines.append("the paper: accuracy {:.2f}, F1 {:.2f}, UAR {:.2f}".format(*paper_numbers(info)))
     if last:
         lines.append("\naccuracy on the tests of each session (columns), after training on each (rows), pooled")
         for t, by_source in enumerate(per_source(folds)):
             add(f"after {names[t]}", [f"{100 * v:.2f}" for v in by_source[: t + 1]])
         # Long training makes large scores: rows of the first session can outshout the later ones in eq. 3's sum.
-        fold = next(iter(folds.values()))
-        final, row_session = fold[f"scores_{last}"], fold["row_session"]
+        saved = next(iter(folds.values()))
+        final, row_session = saved[f"scores_{last}"], saved["row_session"]
         sizes = {s: np.abs(final[:, row_session == s] - final.mean(1, keepdims=True)).mean() for s in set(row_session)}
         add("mean size of the row scores", [f"{sizes[s]:.3g}" if s in sizes else "-" for s in range(last + 1)])
     return "\n".join(lines)
@@ -429,7 +450,10 @@ def comparable(info):
 
 
 def forgetting(folds, how="sum"):
-    """Mean over sessions but the last of (best accuracy so far on its tests - accuracy at the end), pooled, 0 to 1."""
+    """Mean over sessions but the last of (best accuracy ever on its tests - accuracy at the end), pooled, 0 to 1.
+
+    As in Chaudhry et al., arXiv 1801.10112, but the end itself may be the best, so it is never negative.
+    """
     matrix = per_source(folds, how)
     return float(np.mean(np.nanmax(matrix, 0)[:-1] - matrix[-1, :-1])) if len(matrix) > 1 else 0.0
 
@@ -451,7 +475,7 @@ def find_runs(root):
     return sorted(runs, key=lambda run: [*(str(run[1][word]) for word in names), " ".join(run[1]["changed"])])
 
 
-def values(info, folds, how="sum"):
+def report_columns(info, folds, how="sum"):
     """What the report shows of a run: ([column names], [numbers in %], [standard deviations over folds or None])."""
     if info["protocol"] == "loso":  # a fold is one person: only the pooled numbers mean anything
         true, predicted, _ = pooled(folds, 0, how)
@@ -461,8 +485,8 @@ def values(info, folds, how="sum"):
     return names, a.mean(0).tolist(), a.std(0, ddof=1).tolist() if len(a) > 1 else [None] * a.shape[1]
 
 
-def papers(info):
-    """The paper's numbers for a run that is comparable with it, in the order of `values`, or None."""
+def paper_numbers(info):
+    """The paper's numbers for a run that is comparable with it, in the order of `report_columns`, or None."""
     if not comparable(info):
         return None
     if info["protocol"] == "loso":
@@ -477,7 +501,7 @@ def title(info):
     return f"{info['protocol'].upper()}, {source}, {sessions}, {info['preset']} preset, seed {info['seed']}"
 
 
-def name(info):
+def run_label(info):
     """A run's method with its variant and changed settings."""
     return " ".join([info["method"], *filter(None, [info["variant"]]), *info["changed"]])
 
@@ -492,28 +516,27 @@ def table(runs, how="sum"):
     lines, last = [], None
     for _, info, folds in runs:
         loso = info["protocol"] == "loso"
-        columns, means, spreads = values(info, folds, how if info["logits"] else "sum")
+        columns, means, spreads = report_columns(info, folds, how if info["logits"] else "sum")
         if title(info) != last:
             last = title(info)
-            head = ["backbone", "method", *columns] + ["A-tilde by prob"] * (how == "sum" and not loso)
-            lines += ["", f"**{last}** (remapped by {how})", "", row(head), "|" + "---|" * len(head)]
+            by_prob = ["A-tilde by prob"] if how == "sum" and not loso else []
+            head, blank = ["backbone", "method", *columns, *by_prob], ["-"] * len(by_prob)
+            lines += ["", f"**{last}** (remapped by {how})", "", markdown_row(head), "|" + "---|" * len(head)]
             if not loso:
-                often = [f"{v:.2f}" for v in majority_curve(folds)]
-                lines.append(
-                    row(["-", "always the commonest emotion", *often] + ["-"] * (len(head) - len(columns) - 2))
-                )
+                often = [f"{v:.2f}" for v in majority_curve(folds).mean(0)]
+                lines.append(markdown_row(["-", "always the commonest emotion", *often, *blank]))
         cells = [f"{v:.2f}" if s is None else f"{v:.2f} ± {s:.2f}" for v, s in zip(means, spreads)]
-        if how == "sum" and not loso:
-            cells.append(f"{values(info, folds, 'prob')[1][-1]:.2f}" if info["logits"] else "-")
+        if by_prob:
+            cells.append(f"{report_columns(info, folds, 'prob')[1][-1]:.2f}" if info["logits"] else "-")
         missing = "" if len(folds) == info["fold_count"] else f" ({len(folds)} of {info['fold_count']} folds)"
-        lines.append(row([info["backbone"], name(info) + missing, *cells]))
-        if papers(info):
-            paper = [f"{v:.2f}" for v in papers(info)] + ["-"] * (len(head) - len(columns) - 2)
-            lines.append(row([info["backbone"], f"{info['method']}, the paper", *paper]))
+        lines.append(markdown_row([info["backbone"], run_label(info) + missing, *cells]))
+        if paper_numbers(info):
+            paper = [f"{v:.2f}" for v in paper_numbers(info)]
+            lines.append(markdown_row([info["backbone"], f"{info['method']}, the paper", *paper, *blank]))
     return "\n".join(lines[1:])
 
 
-def row(cells):
+def markdown_row(cells):
     """One line of a Markdown table."""
     return "| " + " | ".join(map(str, cells)) + " |"
 
@@ -522,35 +545,35 @@ def details(info, folds):
     """The four ways to remap, UF1, UAR and forgetting after the last session, and the confusion matrix, as Markdown."""
     last = len(info["sessions"]) - 1
     head = ["remap", *(f"S{t + 1}" for t in range(last + 1)), "A-bar", "A-tilde", "UF1", "UAR", "forgetting"]
-    lines = [row(head), "|" + "---|" * len(head)]
-    one = len(next(iter(folds.values()))["row_emotion"]) == len(next(iter(folds.values()))["emotions"])
-    for how in ("sum",) if one else rch.WAYS if info["logits"] else ("sum", "max"):  # one row per emotion: all the same
+    lines = [markdown_row(head), "|" + "---|" * len(head)]
+    saved = next(iter(folds.values()))
+    emotions = list(saved["emotions"])
+    one_each = len(saved["row_emotion"]) == len(emotions)  # one row per emotion: there is nothing to merge
+    for how in ("sum",) if one_each else ways(info):
         true, predicted, _ = pooled(folds, last, how)
-        last_values = uf1(true, predicted), uar(true, predicted), forgetting(folds, how)
-        lines.append(row([how, *(f"{v:.2f}" for v in (*curve(folds, how).mean(0), *(100 * v for v in last_values)))]))
-    emotions = list(next(iter(folds.values()))["emotions"])
+        at_end = [100 * f for f in (uf1(true, predicted), uar(true, predicted), forgetting(folds, how))]
+        lines.append(markdown_row([how, *(f"{v:.2f}" for v in [*curve(folds, how).mean(0), *at_end])]))
     true, predicted, _ = pooled(folds, last)
-    lines += ["", row(["true \\ predicted (sum, pooled, at the end)", *emotions]), "|" + "---|" * (len(emotions) + 1)]
+    head = ["true \\ predicted (sum, pooled, at the end)", *emotions]
+    lines += ["", markdown_row(head), "|" + "---|" * len(head)]
     for e, emotion in enumerate(emotions):
-        lines.append(row([emotion, *np.bincount(predicted[true == e], minlength=len(emotions))]))
+        lines.append(markdown_row([emotion, *np.bincount(predicted[true == e], minlength=len(emotions))]))
     return "\n".join(lines)
 
 
 def write_csv(runs, path):
-    """All runs, one line per run and way to remap: what they are, and the columns of `values` with deviations."""
+    """All runs, one line per run and way to remap: what they are, `report_columns` and its standard deviations."""
     lines = []
     for folder, info, folds in runs:
-        for how in rch.WAYS if info["logits"] else ("sum", "max"):
+        for how in ways(info):
             what = ("method", "variant", "backbone", "protocol", "preset", "seed", "synthetic", "checkpoint")
             line = {key: info[key] for key in what} | {"sessions": "+".join(info["sessions"]), "remap": how}
             line |= {"changed": " ".join(info["changed"]), "folds": len(folds), "folder": folder}
-            for column, mean, spread in zip(*values(info, folds, how)):
+            for column, mean, spread in zip(*report_columns(info, folds, how)):
                 line |= {column: f"{mean:.4f}", f"{column} std": "" if spread is None else f"{spread:.4f}"}
             true, predicted, _ = pooled(folds, len(info["sessions"]) - 1, how)
-            line |= {
-                "pooled UF1": f"{100 * uf1(true, predicted):.4f}",
-                "pooled UAR": f"{100 * uar(true, predicted):.4f}",
-            }
+            pooled_uf1, pooled_uar = 100 * uf1(true, predicted), 100 * uar(true, predicted)
+            line |= {"pooled UF1": f"{pooled_uf1:.4f}", "pooled UAR": f"{pooled_uar:.4f}"}
             lines.append(line)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(dict.fromkeys(key for line in lines for key in line)))
@@ -579,22 +602,21 @@ def plot(runs, path, how="sum"):
     if not runs:
         fail("--plot needs a run with more than one session")
     panels = sorted({(info["protocol"], info["backbone"]) for _, info, _ in runs})
-    protocols_, columns = sorted({p for p, _ in panels}), sorted({b for _, b in panels})
-    colours = {word: f"C{i}" for i, word in enumerate(sorted({name(info) for _, info, _ in runs}))}
-    size = 1.2 + 3.4 * len(columns), 0.9 + 2.6 * len(protocols_)
-    figure, axes = pyplot.subplots(
-        len(protocols_), len(columns), figsize=size, sharey=True, squeeze=False, layout="constrained"
-    )
+    panel_protocols, columns = sorted({p for p, _ in panels}), sorted({b for _, b in panels})
+    colours = {word: f"C{i}" for i, word in enumerate(sorted({run_label(info) for _, info, _ in runs}))}
+    size = 1.2 + 3.4 * len(columns), 0.9 + 2.6 * len(panel_protocols)
+    shape = {"nrows": len(panel_protocols), "ncols": len(columns), "figsize": size}
+    figure, axes = pyplot.subplots(**shape, sharey=True, squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.set_visible(False)
     for _, info, folds in runs:
-        axis = axes[protocols_.index(info["protocol"]), columns.index(info["backbone"])]
+        axis = axes[panel_protocols.index(info["protocol"]), columns.index(info["backbone"])]
         axis.set_visible(True)
         steps = range(1, len(info["sessions"]) + 1)
-        style = "--" if info["variant"] or info["changed"] else "-o"
-        axis.plot(steps, values(info, folds, how)[1][:-2], style, color=colours[name(info)], ms=4, label=name(info))
-        if papers(info):
-            axis.plot(steps, papers(info)[:-2], "o", color=colours[name(info)], mfc="none", ms=7)
+        label, style = run_label(info), "--" if info["variant"] or info["changed"] else "-o"
+        axis.plot(steps, report_columns(info, folds, how)[1][:-2], style, color=colours[label], ms=4, label=label)
+        if paper_numbers(info):
+            axis.plot(steps, paper_numbers(info)[:-2], "o", color=colours[label], mfc="none", ms=7)
         axis.set_title(f"{info['backbone']}, {info['protocol'].upper()}", fontsize=10)
         axis.set_xticks(steps, info["sessions"], fontsize=8)
         axis.grid(alpha=0.3)
@@ -603,7 +625,7 @@ def plot(runs, path, how="sum"):
     found = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(found.values(), found.keys(), loc="outside right center", fontsize=8, frameon=False)
     kinds = sorted({"synthetic stream" if info["synthetic"] else "data" for _, info, _ in runs})
-    markers = "; open markers: the paper" if any(papers(info) for _, info, _ in runs) else ""
+    markers = "; open markers: the paper" if any(paper_numbers(info) for _, info, _ in runs) else ""
     figure.suptitle(f"{' and '.join(kinds)}, remapped by {how}{markers}", fontsize=10)
     try:
         figure.savefig(path, dpi=80)
@@ -617,12 +639,12 @@ def main():
     p.error = lambda message: fail(f"{message}; see --help")
     p.add_argument("results", help="the folder that --out named")
     p.add_argument("--how", choices=rch.WAYS, default="sum", help="how rows are merged (default: sum)")
-    p.add_argument(
-        "--details", action="store_true", help="also all remaps, UF1, UAR, forgetting and the confusion matrix"
-    )
+    p.add_argument("--details", action="store_true", help="also all remaps, UF1, UAR, forgetting, confusion matrix")
     p.add_argument("--csv", metavar="FILE", help="also write all numbers to a CSV file")
     p.add_argument("--plot", metavar="FILE.png", help="also draw accuracy over sessions (needs matplotlib)")
     args = p.parse_args()
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` ends quietly, as other commands do
     runs = find_runs(args.results)
     print(table(runs, args.how))
     if args.csv:

@@ -1,27 +1,28 @@
 """RanPAC: adapt once, then never train again. Random projection, and ridge regression that adds up over sessions.
 
-In session 1 the backbone is fine-tuned, then frozen for good. From there on nothing is learned by gradient descent, so
-nothing can be forgotten. Each picture becomes a feature vector f of d numbers, then h = relu(f W) with a fixed random
-W of M = 10000 columns: many random directions of f, each cut off at zero, among which a linear classifier separates far
-more than it could in f itself. The classifier is ridge regression from h onto the rows' 0/1 targets, and its solution
-needs only two sums over samples,
+In session 1 the backbone is fine-tuned, then frozen for good. From there on only sums grow, and a sum forgets nothing.
+Each picture becomes a feature vector f of d numbers, then h = relu(f W) with a fixed random W of M = 10000 columns:
+many random directions of f, each cut off at zero, among which a linear classifier can separate more than in f itself.
+The classifier is ridge regression from h onto the rows' 0/1 targets (a row: one emotion of one session, rch.py). With
+the samples' h as H (N x M) and their targets as Y (N x R), its solution needs only two sums over samples,
 
     G = H^T H  (M x M)      Q = H^T Y  (M x R)      weights = (G + lambda I)^-1 Q      scores = h @ weights.
 
 Sums do not care about order or about who brought the samples: after session t, G and Q are what they would be had all
-data come at once. For a given lambda the classifier is therefore exactly the joint one, without one old sample kept.
+data come at once. For a given lambda and backbone the classifier is therefore exactly the joint one, without one old
+sample kept.
 
 A session's life
     session 1 trained   the backbone, with a temporary linear head that is thrown away
     frozen after that   the backbone, and W from the start
     grown               one column of Q per row; the sums
-    tested              on all emotions so far, by eq. 3 (rch.py)
+    tested              on all emotions so far, by eq. 3 (run.record merges the rows by rch.remap)
 
 What RCH adds, and why here eq. 3 is exact: ridge weights are linear in Y. Let A (R x E) hold a 1 where a row stands
 for an emotion. Then summing rows, (G + lambda I)^-1 H^T Y A, IS ridge regression on the merged labels Y A. The 23
 rows and the 9 emotions give the same predictions; the rows can be seen and remapped later, and that is all the
-difference. What goes wrong without exemplars: lambda is chosen on the current session's samples alone, and the
-backbone only ever adapted to session 1.
+difference. What goes wrong without exemplars (kept samples of old sessions): the backbone only ever adapted to session
+1, and lambda is chosen on the current session's samples alone, though it then regularises the sums over all of them.
 
 The M x M matrix never exists (see LowRankRidge): G has at most as many non-zero directions as there were samples.
 
@@ -30,7 +31,7 @@ Controls: --features frozen (the pretrained backbone untouched), --features pixe
 Paper: McDonnell et al., RanPAC, arXiv 2307.02251; in the benchmark: arXiv 2501.19111, section 5.
 Run:   python ranpac.py --backbone vit --protocol ilcv
 
-Differs from the paper / from the released code
+Differs from the paper / from the released code (the benchmark's, where not called the original's)
  1. Session 1 fine-tunes the whole backbone, as the benchmark's paper says. The original trains small adapters.
  2. AdamW with a cosine and weight decay 0.05, where the benchmark's paper names no optimizer; the released code takes
     SGD with momentum, weight decay 0.005 and a constant 2e-5, which hardly moves the network.
@@ -38,9 +39,10 @@ Differs from the paper / from the released code
     which is another classifier, and one for which eq. 3 is no longer exact.
  4. The solution is the exact low-rank one in float64. The released code solves M x M systems in float32, which takes
     minutes and is wrong at small lambda.
- 5. lambda is chosen on a random fifth of the session's training rows. The released code takes the last fifth in file
+ 5. lambda is chosen on a random fifth of the session's training samples. The released code takes the last fifth in file
     order, which is sorted by emotion: it validates on emotions it did not fit.
- 6. Near ties in lambda go to the largest within 1 % of the smallest error.
+ 6. Of the lambdas whose error is within 1 % of the smallest, the largest is taken: on a few held-out samples the
+    smallest error itself is mostly luck.
 """
 
 import copy
@@ -66,7 +68,7 @@ LAMBDAS = [10.0**power for power in range(-8, 9)]
 
 
 # ---- the method's own pieces -----------------------------------------------------------------------------------------
-def float64(x):
+def to_float64(x):
     """x in float64, which mps lacks: the ridge then runs on the CPU."""
     return (x.cpu() if x.device.type == "mps" else x).double()
 
@@ -74,50 +76,51 @@ def float64(x):
 class LowRankRidge:
     """Ridge regression that adds up over sessions, exact, without the M x M matrix.
 
-    Instead of G = H^T H (M x M) and Q = H^T Y (M x C) it carries a small square root of G: R (r x M) and Z (r x C) with
-    R^T R = G and R^T Z = Q. Here r is at most the number of samples so far, and the rows of R are orthogonal:
-    R R^T = diag(w). Since (R^T R + lambda I)^-1 R^T = R^T (R R^T + lambda I)^-1, every lambda costs next to nothing:
+    Instead of G = H^T H (M x M) and Q = H^T Y (M x R) it carries S (k x M) and Z (k x R) with S^T S = G and S^T Z = Q.
+    S = H and Z = Y would do, but that would be keeping the samples. S is turned until its k rows are orthogonal,
+    S S^T = diag(eigenvalues): they are G's eigenvectors times the roots of their eigenvalues, so S holds no more about
+    any one sample than G does, and k is at most the number of samples so far. Since
 
-        weights(lambda) = R^T diag(1 / (w + lambda)) Z        (M x C)
+        (S^T S + lambda I) S^T = S^T (S S^T + lambda I),    so    (S^T S + lambda I)^-1 S^T = S^T (S S^T + lambda I)^-1,
 
-    R is a function of G, so it holds no more about any one sample than G does: still exemplar-free.
+    the weights (G + lambda I)^-1 Q are S^T diag(1 / (eigenvalues + lambda)) Z, and every lambda costs next to nothing.
     """
 
     def __init__(self, num_features):
-        self.r = torch.zeros(0, num_features, dtype=torch.float64)  # R (r, M)
-        self.z = torch.zeros(0, 0, dtype=torch.float64)  # Z (r, C)
-        self.w = torch.zeros(0, dtype=torch.float64)  # w (r,)
+        self.s = torch.zeros(0, num_features, dtype=torch.float64)  # S (k, M)
+        self.z = torch.zeros(0, 0, dtype=torch.float64)  # Z (k, R)
+        self.eigenvalues = torch.zeros(0, dtype=torch.float64)  # of G, those that are not 0 (k,)
 
     def update(self, h, y):
-        """Add samples: h (n, M) features, y (n, C) targets. C may grow from call to call."""
-        h, y = float64(h), float64(y)
-        assert h.shape[1] == self.r.shape[1] and y.shape == (len(h), y.shape[1]) and y.shape[1] >= self.z.shape[1]
-        s = torch.cat([self.r.to(h.device), h])  # S (r + n, M): S^T S is the new G
-        t = torch.cat(
-            [F.pad(self.z.to(h.device), (0, y.shape[1] - self.z.shape[1])), y]
-        )  # T (r + n, C): S^T T is the new Q
-        w, u = torch.linalg.eigh(s @ s.T)  # S S^T = U diag(w) U^T, so (U^T S)(U^T S)^T = diag(w)
-        keep = w > 1e-13 * w.max()  # the other directions are only rounding errors
-        self.w, u = w[keep], u[:, keep]
-        self.r, self.z = u.T @ s, u.T @ t
+        """Add samples: h (n, M) features, y (n, R) targets. R may grow from call to call."""
+        h, y = to_float64(h), to_float64(y)
+        assert h.shape[1] == self.s.shape[1] and len(y) == len(h) and y.shape[1] >= self.z.shape[1]
+        s = torch.cat([self.s.to(h.device), h])  # (k + n, M), with S^T S = G + h^T h
+        z = F.pad(self.z.to(h.device), (0, y.shape[1] - self.z.shape[1]))  # old samples are 0 in the new columns
+        z = torch.cat([z, y])  # (k + n, R), with S^T Z = Q + h^T y
+        # S S^T = U diag(eigenvalues) U^T. U is orthogonal, so U^T S and U^T Z have the same products S^T S and S^T Z. A
+        # row u^T S has the squared length of its eigenvalue: where that is 0, it adds nothing to any product.
+        eigenvalues, u = torch.linalg.eigh(s @ s.T)
+        keep = eigenvalues > 1e-13 * eigenvalues.max()  # the others are only rounding errors
+        self.eigenvalues, u = eigenvalues[keep], u[:, keep]
+        self.s, self.z = u.T @ s, u.T @ z
 
     def weights(self, lam):
-        """Ridge weights (M, C) for regularisation `lam`."""
-        return self.r.T @ (self.z / (self.w + lam)[:, None])
+        """Ridge weights (M, R) for regularisation `lam`."""
+        return self.s.T @ (self.z / (self.eigenvalues + lam)[:, None])
 
 
 def choose_lambda(h, y):
-    """The lambda of LAMBDAS with the least squared error on a random 20 % of (h (n, M), y (n, C)), fitted on the rest.
+    """The lambda of LAMBDAS that predicts a random fifth of the samples h (n, M), y (n, R) best, fitted on the others.
 
-    With a the rows fitted on and b the rows held out, a a^T = U diag(w) U^T gives the predictions for every lambda,
-    (b a^T U)(U^T y_a / (w + lambda)), from one small eigendecomposition. Near ties go to the largest.
+    Only the session's own samples are there to choose on. Errors within 1 % count as equal; of those the largest
+    lambda, the smoothest classifier, is taken.
     """
-    h, y = float64(h), float64(y)
     held_out, fitted = torch.randperm(len(h)).to(h.device).tensor_split([max(1, len(h) // 5)])
-    a, b = h[fitted], h[held_out]
-    w, u = torch.linalg.eigh(a @ a.T)
-    left, right = b @ a.T @ u, u.T @ y[fitted]  # (n_b, n_a), (n_a, C)
-    errors = torch.stack([F.mse_loss(left @ (right / (w.clamp(min=0) + lam)[:, None]), y[held_out]) for lam in LAMBDAS])
+    ridge = LowRankRidge(h.shape[1])
+    ridge.update(h[fitted], y[fitted])
+    h, y = to_float64(h[held_out]), to_float64(y[held_out])
+    errors = torch.stack([F.mse_loss(h @ ridge.weights(lam), y) for lam in LAMBDAS])
     return max(lam for lam, error in zip(LAMBDAS, errors) if error <= 1.01 * errors.min())
 
 
@@ -133,35 +136,36 @@ class Pixels(nn.Module):
 # ---- the run ---------------------------------------------------------------------------------------------------------
 def main():
     parser = common.parser(__doc__, SETTINGS)
-    parser.add_argument("--features", choices=("adapted", "frozen", "pixels"), default="adapted",
-                        help="adapted in session 1 (RanPAC), or the controls (default: adapted)")  # fmt: skip
+    what = "adapted in session 1 (RanPAC), or the controls (default: adapted)"
+    parser.add_argument("--features", choices=("adapted", "frozen", "pixels"), default="adapted", help=what)
     args = common.parse(parser, SETTINGS)
     args.variant = "" if args.features == "adapted" else args.features
-    sessions = common.load_sessions(args)
+    args.checkpoint = "no network" if args.features == "pixels" else args.checkpoint
+    sessions = common.load_sessions(args)  # T data.Session: name, images, emotions, subjects
     images = [torch.from_numpy(session.images).to(args.device) for session in sessions]  # (N, 3, S, S) uint8 each
-    pretrained = Pixels() if args.features == "pixels" else common.make_backbone(args)
-    run = protocols.Run(args, sessions, logits=False)
+    pretrained = Pixels() if args.features == "pixels" else common.make_backbone(args)  # (B, 3, S, S) -> (B, d), eval
+    run = protocols.Run(args, sessions, logits=False)  # makes the folds; prints the lines, writes the files
     if args.features == "adapted":
-        common.estimate(args, pretrained, sessions, run)
+        common.estimate(args, pretrained, sessions, run)  # only says how long the paper preset takes on a CPU
 
-    for fold in run.folds:
+    for fold in run.folds:  # those asked for, without those that --resume keeps
         # ---- a trial begins: fold i of every session ----
         common.seed(args, fold)
-        rows = rch.RCH()
+        rows = rch.RCH()  # the rows so far, each a (session, emotion) pair
         backbone = copy.deepcopy(pretrained)
         test_h = []
 
         for t, session in enumerate(sessions):
-            # ---- session t arrives ----
-            train, test = run.parts(fold, t)
-            new = rows.add_session(data.TABLE1[session.name])
-            x = images[t][train]  # (N, 3, S, S) uint8
+            # ---- session t arrives (session 1 is t = 0) ----
+            train, test = run.parts(fold, t)  # indices into the session's samples
+            new = rows.add_session(data.TABLE1[session.name])  # slice of the new rows among all R
+            x = images[t][train]  # (N, 3, S, S) uint8; N is now the session's training samples
             y = torch.from_numpy(rows.targets(session.emotions)[train]).to(args.device)  # (N,) rows
 
             # ---- grow ----
-            if t == 0:
-                own = torch.Generator().manual_seed(args.seed * 1000 + fold)  # W is the same whatever phase 1 draws
-                w = torch.randn(backbone.num_features, args.projected, generator=own).to(args.device)  # W (d, M)
+            if t == 0:  # from then on Q gets a column per new row, inside ridge.update
+                own = torch.Generator().manual_seed(args.seed * 1000 + fold)  # W is the same whatever training draws
+                projection = torch.randn(backbone.num_features, args.projected, generator=own).to(args.device)  # (d, M)
                 ridge = LowRankRidge(args.projected)
                 head = nn.Linear(backbone.num_features, new.stop, device=args.device)  # temporary
 
@@ -170,11 +174,11 @@ def main():
             if t == 0 and args.features == "adapted":
                 trained = [*backbone.parameters(), *head.parameters()]
                 optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay, fused=True)
-                steps = args.epochs_first * common.steps(len(x), args.batch)
+                steps = args.epochs_first * common.steps_per_epoch(len(x), args.batch)
                 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
                 backbone.train()
                 for epoch in range(args.epochs_first):
-                    for batch in common.batches(len(x), args.batch, args.device):
+                    for batch in common.batches(len(x), args.batch, args.device):  # shuffled indices (B,)
                         with common.autocast(args):
                             logits = head(backbone(common.normalize(x[batch], args)))  # (B, R)
                         loss = F.cross_entropy(logits.float(), y[batch])
@@ -186,18 +190,19 @@ def main():
                 backbone.eval()
 
             # Phase 2, in every session: add its samples to the sums and solve.
-            h = F.relu(common.extract(backbone, x, args) @ w)  # (N, M)
+            h = F.relu(common.extract(backbone, x, args) @ projection)  # (N, M)
             one_hot = F.one_hot(y, new.stop)  # (N, R)
             lam = choose_lambda(h, one_hot)
             ridge.update(h, one_hot)
             weights = ridge.weights(lam)  # (M, R) float64
 
-            # ---- test on the fold-i parts of sessions 1..t ----
+            # ---- test on the fold-i parts of all sessions so far ----
             # The network is frozen, so the features of earlier test parts are kept.
-            test_h.append(F.relu(common.extract(backbone, images[t][test], args) @ w))
-            scores = float64(torch.cat(test_h)) @ weights  # (n, R)
+            test_h.append(F.relu(common.extract(backbone, images[t][test], args) @ projection))  # (m, M)
+            scores = to_float64(torch.cat(test_h)) @ weights  # (n, R)
+            # Merges the rows, prints the line; after the last session writes the fold's file.
             run.record(fold, t, rows, scores.cpu())
-    run.summary()
+    run.summary()  # of all finished folds of this run
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """The Remappable Classification Head (RCH): the idea of the benchmark paper (arXiv 2501.19111, section 4, eq. 3 and 4).
 
 Datasets share emotions: "happiness" comes in all four sessions, each time in another domain. RCH gives every session
-its own ROWS, one per (session, emotion) pair, redundant on purpose: 5 + 5 + 6 + 7 = 23 rows for 9 emotions. Training
-only ever sees rows. Emotions appear when a prediction is made, by merging the rows that mean the same:
+its own ROWS, one per (session, emotion) pair, redundant on purpose: 5 + 5 + 6 + 7 = 23 rows for 9 emotions. (A row of
+the head's weights; its scores are a column of the score matrix.) Training only ever sees rows. Emotions appear when a
+prediction is made, by merging the rows that mean the same. With x the features and H_t^c the weights of emotion c's
+row in session t:
 
     eq. 3   H_final^c = sum over the sessions t that contain emotion c of H_t^c
     eq. 4   p(c | x) = softmax(x^T H_final)_c
@@ -10,14 +12,21 @@ only ever sees rows. Emotions appear when a prediction is made, by merging the r
 For a linear head the sum of weights is the sum of scores, x^T (H_1^c + H_3^c) = x^T H_1^c + x^T H_3^c, so all that RCH
 does is one matrix product of the row scores (B, R) with a 0/1 matrix (R, E). The softmax of eq. 4 changes no argmax.
 
-Why the sum needs care. Cross-entropy does not fix the scores, only their differences: add 7 to every row of a sample
-and the loss is the same. Eq. 3 is not so indifferent: an emotion seen in four sessions gets 28, one seen once gets 7.
-Which emotion wins then depends on a constant that no loss ever looked at. RanPAC's scores are regressions onto 0 and
-1, their scale is fixed, and there the sum is exact (see ranpac.py). For the others compare
+Why the sum needs care. An emotion seen in four sessions is a sum of four scores, one seen once is a single score, so
+whatever all rows have in common counts four times against once. Two things put something there:
+
+    a constant   Cross-entropy fixes only differences: add 7 to all scores of a sample and the loss is the same, but one
+                 emotion gets 28 and another 7. A loss within a session's rows (Finetune, L2P, DualPrompt) leaves one
+                 such constant free per session. Nothing pushes it; how far it drifts is left to the training.
+    a push       A loss over all rows (DER, FOSTER) tells old rows only "not this one", for they get no sample any more.
+                 It drives them down, all of them, and the emotions with the most old rows lose the most.
+
+RanPAC's rows are regressions onto 0 and 1. Nothing is free there, and the sum is exact: it is the classifier that one
+gets by merging the labels before training (see ranpac.py). For the others compare
 
     sum        eq. 3, as the paper has it
-    prob       p(emotion) = the sum of its rows' softmax probabilities: no constant can change it
-    centered   first subtract each session's mean row score, then sum: removes one constant per session
+    prob       p(emotion) = the sum of its rows' softmax probabilities: a constant common to all rows cancels
+    centered   first subtract each session's mean row score, then sum: a constant per session cancels
     max        the best row decides: what the released code does
 
 Shapes: B batch, R rows, E emotions.
@@ -46,13 +55,14 @@ class RCH:
         """Add one row per word of `emotions`, as the next session; returns the slice of the new rows."""
         first = len(self.row_emotion)
         self.emotions += [word for word in emotions if word not in self.emotions]
-        self.row_emotion = np.append(self.row_emotion, [self.emotions.index(word) for word in emotions]).astype(int)
+        new = [self.emotions.index(word) for word in emotions]
+        self.row_emotion = np.append(self.row_emotion, new).astype(int)  # appending an empty list would make it float
         self.row_session = np.append(self.row_session, [self.sessions] * len(emotions)).astype(int)
         self.sessions += 1
         return slice(first, len(self.row_emotion))
 
     def targets(self, words):
-        """Training targets: for N emotion words the rows (N,) that stand for them in the latest session."""
+        """Training targets: for N emotion words the row (N,) int that was added for each of them last."""
         row = {self.emotions[e]: r for r, e in enumerate(self.row_emotion)}  # a later row replaces an earlier one
         return np.array([row[word] for word in words], int)
 
