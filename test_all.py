@@ -1054,7 +1054,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_killed_anywhere_and_resumed_runs_end_alike(tmp_path):
     """SIGKILL in training, in evaluation and at each step of writing a file; then --resume: the undisturbed numbers."""
     flags = ["--epochs-first", "1", "--epochs-next", "1", *TWO, "--folds", "0", "1"]
-    moments = {  # (moment, how many pass before): folds kept. A fold has 11 steps and 2 tests; run.json is written first
+    moments = {  # (moment, how many pass before): folds kept. A fold has 11 steps, 2 tests; run.json is written first
         ("training", 0): 0, ("training", 15): 0, ("training", 43): 1,
         ("evaluation", 0): 0, ("evaluation", 1): 0, ("evaluation", 3): 1,
         ("half", 0): 0, ("half", 1): 0, ("written", 2): 1, ("renamed", 1): 1,
@@ -1212,15 +1212,46 @@ def test_bad_input_ends_with_one_line(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "results").exists()
     monkeypatch.setattr(sys, "argv", [protocols.__file__, str(tmp_path / "nowhere")])
     assert "no such folder" in error_of(protocols.main, capsys)
+    for flags in (["--images", "9"], ["--epochs", "0"], ["--batch", "1"], ["--seed", "-1"], ["--backbone", "vgg"],
+                  ["--out", tmp_path / "file" / "vit.pt"]):  # fmt: skip
+        monkeypatch.setattr(sys, "argv", [common.__file__, "pretrain", *map(str, flags)])
+        assert str(flags[1]) in error_of(common.main, capsys)
+    fresh()
+    with monkeypatch.context() as patch:
+
+        def locked(path):  # a folder that may not be read; who runs the tests may read everything
+            raise PermissionError(13, "Permission denied", path)
+
+        patch.setattr(os, "listdir", locked)
+        assert f"{tree}: cannot be read (Permission denied)" in error_of(lambda: data.load(str(tree)), capsys)
 
 
-def test_an_error_in_a_terminal(tmp_path):
+def test_an_error_and_an_interrupt_in_a_terminal(tmp_path):
     done = command("ranpac.py", "--data", "nowhere", cwd=tmp_path, check=False)
-    assert (
-        done.returncode == 2
-        and done.stderr.startswith("error: nowhere: no such folder")
-        and done.stderr.count("\n") == 1
-    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: nowhere: no such folder")
+    # Ctrl-C in the middle: one line, status 130, nothing half-written.
+    pretrain = ["common.py", "pretrain", "--images", "100", "--epochs", "9999", "--out", "new.pt"]
+    for (script, *flags), first_line in ((["finetune.py", "--epochs-first", "999"], "finetune"), (pretrain, "epoch")):
+        words = [sys.executable, "-u", os.path.join(HERE, script), *flags]
+        process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while not process.stdout.readline().startswith(first_line):
+            pass
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate()
+        assert process.returncode == 130 and errors.startswith("\ninterrupted; ") and errors.count("\n") == 2, errors
+        assert not [name for _, _, names in os.walk(tmp_path) for name in names if name != "run.json"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="no such signal here")
+def test_a_report_into_a_closed_pipe_ends_quietly(watch, tmp_path):
+    watch("ranpac", "--features", "pixels", *TWO, "--folds", "0")
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, os.path.join(HERE, "protocols.py"), str(tmp_path / "results")]
+    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == -signal.SIGPIPE and done.stderr == ""
 
 
 def test_diverging_loss_stops_the_run(watch, monkeypatch, capsys):
@@ -1253,9 +1284,13 @@ def test_weight_files_of_every_kind(watch, monkeypatch, tmp_path):
 # ---- other devices, more devices -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("method", METHODS)
 def test_every_tensor_is_on_the_device(method, monkeypatch, tmp_path):
-    """Without a GPU: torch's fake tensors "on cuda" refuse to mix devices. Two sessions, from growth to prediction."""
+    """Without a GPU: torch's fake tensors "on cuda" refuse to mix devices. Two sessions, from growth to prediction.
+
+    And no training step waits for the device or copies from the host.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    from torch.utils._python_dispatch import TorchDispatchMode
 
     class Done(Exception):
         pass
@@ -1289,18 +1324,42 @@ def test_every_tensor_is_on_the_device(method, monkeypatch, tmp_path):
             torch.ones(len(h), dtype=torch.float64, device=h.device),
         )
 
+    class Watch(TorchDispatchMode):
+        """Refuses what makes the host wait for the device, or copies from the host, inside a training step."""
+
+        training = False
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if Watch.training:
+                waits = "_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique"
+                assert not any(word == function.__name__.split(".")[0].strip("_") for word in waits), function
+                devices = {x.device.type for x in (*args, out) if isinstance(x, torch.Tensor) and x.ndim}
+                assert devices <= {"cuda"}, (function, devices)
+            return out
+
+    def training_step(images, args):
+        x = normalize(images, args)  # its mean and std are copied once
+        Watch.training = torch.is_grad_enabled()
+        return x
+
+    def session_trained(*args):  # check_finite may wait: it is called once per epoch
+        Watch.training = False
+
+    normalize = common.normalize
+    monkeypatch.setattr(common, "normalize", training_step)
     monkeypatch.setattr(common, "load_sessions", lambda args: small_stream(8)[:2])
     monkeypatch.setattr(common, "_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(common, "make_backbone", fake_backbone)
     monkeypatch.setattr(common, "require_plain_vit", lambda args: None)
-    monkeypatch.setattr(common, "check_finite", lambda *args: None)
+    monkeypatch.setattr(common, "check_finite", session_trained)
     monkeypatch.setattr(ranpac, "choose_lambda", choose_lambda)
     monkeypatch.setattr(ranpac.LowRankRidge, "update", update)
     monkeypatch.setattr(protocols.Run, "record", record)
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     monkeypatch.setattr(sys, "argv", [module.__file__, *SHORT, *TWO, "--out", str(tmp_path / "results")])
     common._moments.cache_clear()
-    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()), pytest.raises(Done):
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()), Watch(), pytest.raises(Done):
         module.main()
     common._moments.cache_clear()
     assert shapes == [5, 10] and steps
@@ -2183,13 +2242,28 @@ def seconds(work, repeat=1):
     return min(times)
 
 
+def run_here(module, out, *flags):
+    """Run a script's main() in this process, without its lines."""
+    sys.argv = [module.__file__, *flags, "--out", out]
+    with contextlib.redirect_stdout(io.StringIO()):
+        module.main()
+
+
 def bench():
     """Print what this machine measures. Only the ratios mean anything on another one."""
-    threads, today = torch.get_num_threads(), time.strftime("%Y-%m-%d")
-    print(f"torch {torch.__version__}, {threads} threads, {platform.machine()} {platform.system()}, {today}")
-    bench_ridge()
-    bench_training()
-    bench_commands()
+    processor = platform.processor()
+    with contextlib.suppress(OSError, IndexError), open("/proc/cpuinfo") as file:  # platform knows it elsewhere
+        processor = re.findall(r"model name\s*: (.*)", file.read())[0]
+    today = time.strftime("%Y-%m-%d")
+    print(f"{today}, torch {torch.__version__}, {torch.get_num_threads()} threads of {processor}, {platform.system()}")
+    out = tempfile.mkdtemp()
+    try:
+        bench_ridge()
+        bench_training(out)
+        bench_kept(out)
+        bench_commands(out)
+    finally:
+        shutil.rmtree(out)
 
 
 def bench_ridge():
@@ -2209,12 +2283,11 @@ def bench_ridge():
     low_rank = [seconds(lambda h=h, y=y: session(h, y)) for h, y in zip(hs, ys)]
     print("low rank, 17 lambdas, float64, seconds per session: " + ", ".join(f"{s:.2f}" for s in low_rank))
     g, q = hs[0].double().T @ hs[0].double() + torch.eye(m, dtype=torch.float64), hs[0].double().T @ ys[0].double()
-    once = seconds(lambda: torch.linalg.solve(g, q))
-    dense = 4 * (len(ranpac.LAMBDAS) + 1) * once
+    once, solves = seconds(lambda: torch.linalg.solve(g, q)), 4 * (len(ranpac.LAMBDAS) + 1)
     print(
-        f"dense M x M, float64: one solve {once:.1f} s; 4 sessions x (17 lambdas + 1) = {dense:.0f} s, scaled from it"
+        f"dense M x M, float64: one solve {once:.1f} s; 4 sessions x (17 lambdas + 1) = {solves * once:.0f} s, scaled"
     )
-    print(f"dense / low rank = {dense / sum(low_rank):.0f}")
+    print(f"dense / low rank = {solves * once / sum(low_rank):.0f}")
     for name, sizes in (("samples", [(200, m), (400, m), (800, m)]), ("M", [(400, m // 4), (400, m // 2), (400, m)])):
         times = []
         for n, width in sizes:
@@ -2223,9 +2296,8 @@ def bench_ridge():
         print(f"one update, {name} doubled twice: " + ", ".join(f"x {t / times[0]:.1f}" for t in times))
 
 
-def bench_training():
-    print("\nTiny backbones on two threads, batch 32: training (forward, loss, backward, fused AdamW), and features")
-    cost = {}
+def bench_training(out):
+    print("\nTiny backbones, batch 32: training (forward, loss, backward, fused AdamW), and features")
     for name in common.CHECKPOINTS:
         args = tiny_args(name, "none")
         backbone = common.make_backbone(args).train()
@@ -2240,23 +2312,20 @@ def bench_training():
                 optimizer.step()
 
         epoch()
-        train = seconds(epoch, 2) / 1024
+        train = seconds(epoch, 3) / 1024
         backbone.eval()
-        cost[name] = train, seconds(lambda b=backbone, x=images, a=args: common.extract(b, x, a), 2) / 1024
-        print(f"{name:7s} {1 / train:6.0f} images/s trained, {1 / cost[name][1]:6.0f} images/s seen")
+        see = seconds(lambda b=backbone, x=images, a=args: common.extract(b, x, a), 3) / 1024
+        print(f"{name:7s} {1 / train:6.0f} images/s trained, {1 / see:6.0f} images/s seen")
 
-    print("\nThe training loop of finetune.py (whole session, its test included) / bare forward, backward and step")
-    epochs, out = 30, tempfile.mkdtemp()
-    sys.argv = [finetune.__file__, "--sessions", "casme2", "--folds", "0", "--epochs-first", str(epochs), "--out", out]
-    with contextlib.redirect_stdout(io.StringIO()):
-        finetune.main()
-    loop = results(out)[0]["seconds"][0]
+    print("\nA session of finetune.py, its tests and lines included / bare forward, backward and step on its batches")
+    epochs = 20
     args = tiny_args("vit")
     network = torch.nn.Sequential(common.make_backbone(args), torch.nn.Linear(96, 5)).train()
     optimizer = torch.optim.AdamW(network.parameters(), 5e-4, fused=True)
     (session,) = data.synthetic(common.TINY_SIZE, sessions=["casme2"])
-    parts = common.normalize(torch.from_numpy(session.images[:196]), args).split(32)
-    labels = torch.randint(5, (196,)).split(32)
+    train = np.setdiff1d(np.arange(len(session.keys)), protocols.split(session.subjects, "ilcv")[0])
+    parts = common.normalize(torch.from_numpy(session.images[train]), args).split(32)
+    labels = torch.randint(5, (len(train),)).split(32)
 
     def bare():
         for _ in range(epochs):
@@ -2266,35 +2335,65 @@ def bench_training():
                 loss.backward()
                 optimizer.step()
 
-    print(f"{loop / seconds(bare):.2f}")
+    loop, floor = [], []
+    for _ in range(3):  # in turns, since the machine's speed drifts
+        run_here(finetune, out, "--sessions", "casme2", "--folds", "0", "--epochs-first", str(epochs))
+        loop.append(results(out)[0]["seconds"][0])
+        floor.append(seconds(bare))
     shutil.rmtree(out)
+    print(f"{min(loop) / min(floor):.2f}")
 
-    print(
-        "\nFrozen features recomputed in every epoch / kept, one trial of the tiny preset, from the costs above (vit)"
-    )
-    n, (train, see) = [197, 109, 234, 688], cost["vit"]
-    kept = {  # passes: (trained, seen without gradients inside training when kept, when recomputed)
-        "der": (10 * n[0] + 3 * sum(n[1:]), sum(t * n[t] for t in range(4)), 3 * sum(t * n[t] for t in range(4))),
-        "foster": (10 * n[0] + 6 * sum(n[1:]), 2 * sum(n[1:]), 3 * (1 + 2) * sum(n[1:])),
-        "l2p": (10 * n[0] + 3 * sum(n[1:]), 1534 / 5, 10 * n[0] + 3 * sum(n[1:])),
-        "dualprompt": (10 * n[0] + 3 * sum(n[1:]), 1534 / 5, 10 * n[0] + 3 * sum(n[1:])),
+
+def bench_kept(out):
+    print("\nFrozen features recomputed in every step / kept: one trial, tiny preset, vit, least of three in turns")
+
+    def of_foster(local):
+        compressing = local["student"].training
+        return [local["old"], local["backbone"]] if compressing else [local["old"]] if local["t"] else []
+
+    frozen = {  # the frozen networks that a training step needs to hear, from main's local variables
+        "der": lambda local: local["extractors"][:-1],
+        "foster": of_foster,
+        "l2p": lambda local: [local["vit"].forward_features],
+        "dualprompt": lambda local: [local["vit"].forward_features],
     }
-    for method, (trained, once, again) in kept.items():
-        print(f"{method:11s} {(trained * train + again * see) / (trained * train + once * see):.2f}")
+    normalize = common.normalize
+    for method, networks in frozen.items():
+
+        def again(images, args, networks=networks):
+            x = normalize(images, args)
+            if torch.is_grad_enabled():  # a training step
+                with torch.no_grad():
+                    for network in networks(sys._getframe(1).f_locals):
+                        network(x)
+            return x
+
+        times = {normalize: [], again: []}
+        for _ in range(3):
+            for way in times:
+                common.normalize = way
+                work = functools.partial(run_here, importlib.import_module(method), out, "--folds", "0")
+                times[way].append(seconds(work))
+        common.normalize = normalize
+        print(f"{method:11s} {min(times[again]) / min(times[normalize]):.2f}")
 
 
-def bench_commands():
+def bench_commands(out):
     print("\nWhere the seconds of python ranpac.py --backbone vit --protocol ilcv go")
-    spent = collections.Counter()
+    spent, running = collections.Counter(), set()
 
     def timed(module, name, label):
         work = getattr(module, name)
 
         def wrapped(*args, **flags):
+            if label in running:  # choosing lambda calls the ridge's own functions
+                return work(*args, **flags)
+            running.add(label)
             begin = time.perf_counter()
             try:
                 return work(*args, **flags)
             finally:
+                running.remove(label)
                 spent[label] += time.perf_counter() - begin
 
         setattr(module, name, wrapped)
@@ -2310,10 +2409,7 @@ def bench_commands():
         timed(ranpac.LowRankRidge, "weights", "ridge"),
         timed(protocols.Run, "record", "lines and files"),
     ]
-    out = tempfile.mkdtemp()
-    sys.argv = [ranpac.__file__, "--out", out]
-    with contextlib.redirect_stdout(io.StringIO()):
-        total = seconds(ranpac.main) + spent["imports"]
+    total = seconds(lambda: run_here(ranpac, out)) + spent["imports"]
     spent["training and the rest"] = total - sum(spent.values())
     for module, name, work in wrapped:
         setattr(module, name, work)
@@ -2330,7 +2426,6 @@ def bench_commands():
             time.sleep(0.1)
         assert process.returncode == 0
         print(f"{method:11s} {time.perf_counter() - begin:4.0f} s  {peak / 1024:5.0f} MiB")
-    shutil.rmtree(out)
 
 
 # ---- python test_all.py --table --------------------------------------------------------------------------------------
