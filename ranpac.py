@@ -119,8 +119,9 @@ def choose_lambda(h, y):
     held_out, fitted = torch.randperm(len(h)).to(h.device).tensor_split([max(1, len(h) // 5)])
     ridge = LowRankRidge(h.shape[1])
     ridge.update(h[fitted], y[fitted])
-    h, y = to_float64(h[held_out]), to_float64(y[held_out])
-    errors = torch.stack([F.mse_loss(h @ ridge.weights(lam), y) for lam in LAMBDAS])
+    # The predictions are h @ ridge.weights(lam); what does not depend on lambda is computed once.
+    left, y = to_float64(h[held_out]) @ ridge.s.T, to_float64(y[held_out])  # (n, k), (n, R)
+    errors = torch.stack([F.mse_loss(left @ (ridge.z / (ridge.eigenvalues + lam)[:, None]), y) for lam in LAMBDAS])
     return max(lam for lam, error in zip(LAMBDAS, errors) if error <= 1.01 * errors.min())
 
 

@@ -13,6 +13,7 @@ import collections
 import concurrent.futures
 import contextlib
 import csv
+import doctest
 import functools
 import importlib
 import io
@@ -398,6 +399,11 @@ def test_readme_commands(tmp_path):
             words += SHORT if "--folds" not in words else SHORT[2:]
             words += ["--preset", "tiny"] if "--data" in words else []
         command(*words, cwd=tmp_path)
+
+
+def test_readme_examples():
+    failed, tried = doctest.testfile(os.path.join(HERE, "README.md"), module_relative=False)
+    assert tried >= 5 and not failed
 
 
 def test_readme_line_counts():
@@ -938,7 +944,7 @@ def least_passes(method, epochs=1):
         return epochs * sum(n), sum(t * n[t] for t in range(4)) + 4 * sum(m)
     if (
         method == "foster"
-    ):  # old and teacher once over the training images; old over new tests; new and student over all
+    ):  # old and new network once over training images; old over new tests; new and student over all
         return epochs * (sum(n) + sum(n[1:])), 2 * sum(n[1:]) + sum(m[1:]) + tested[0] + 2 * sum(tested[1:])
     return epochs * sum(n), sum(tested)  # prompted passes; queries are counted apart
 
@@ -1318,11 +1324,8 @@ def test_every_tensor_is_on_the_device(method, monkeypatch, tmp_path):
 
     def update(self, h, y):  # so does the real one; its result is of this kind
         assert h.device.type == y.device.type == "cuda" and len(h) == len(y)
-        self.s, self.z, self.eigenvalues = (
-            h.double(),
-            y.double(),
-            torch.ones(len(h), dtype=torch.float64, device=h.device),
-        )
+        self.s, self.z = h.double(), y.double()
+        self.eigenvalues = torch.ones(len(h), dtype=torch.float64, device=h.device)
 
     class Watch(TorchDispatchMode):
         """Refuses what makes the host wait for the device, or copies from the host, inside a training step."""
@@ -2028,9 +2031,8 @@ def test_coding_agrees_with_opencv():
     hsv[..., 0] = angle * 90 / np.pi
     hsv[..., 2] = cv2.normalize(magnitude, None, 0, 255, cv2.NORM_MINMAX)
     theirs = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB).astype(int)
-    assert (
-        np.abs(data.flow_to_image(flow[None])[0].transpose(1, 2, 0) - theirs).max() <= 10
-    )  # hue in steps of 2 degrees
+    ours = data.flow_to_image(flow[None])[0].transpose(1, 2, 0)
+    assert np.abs(ours - theirs).max() <= 10  # OpenCV's hue goes in steps of 2 degrees
 
 
 def brightest(path):
@@ -2127,10 +2129,8 @@ def test_landmarks_crop_both_frames_at_the_nose(tmp_path):
     # A session without a folder of landmarks keeps whole frames.
     os.rename(marks / "samm", marks / "put away")
     whole = [tmp_path / "whole" if word == out else word for word in line]
-    assert (
-        "samm: 1 rows in SAMM_Micro_FACS_Codes_v2.xlsx, 1 clip folders of raw frames, whole frame"
-        in run_data(*whole).stdout
-    )
+    said = "samm: 1 rows in SAMM_Micro_FACS_Codes_v2.xlsx, 1 clip folders of raw frames, whole frame"
+    assert said in run_data(*whole).stdout
     path = f"{tmp_path}/whole/samm_happiness/sub006_006_1_2_onset46_apex59.png"
     assert np.abs(np.subtract(brightest(path), (105 / 200, 85 / 200))).max() < 0.08
 
@@ -2284,9 +2284,7 @@ def bench_ridge():
     print("low rank, 17 lambdas, float64, seconds per session: " + ", ".join(f"{s:.2f}" for s in low_rank))
     g, q = hs[0].double().T @ hs[0].double() + torch.eye(m, dtype=torch.float64), hs[0].double().T @ ys[0].double()
     once, solves = seconds(lambda: torch.linalg.solve(g, q)), 4 * (len(ranpac.LAMBDAS) + 1)
-    print(
-        f"dense M x M, float64: one solve {once:.1f} s; 4 sessions x (17 lambdas + 1) = {solves * once:.0f} s, scaled"
-    )
+    print(f"dense M x M, float64: one solve {once:.1f} s; 4 x (17 lambdas + 1) of them {solves * once:.0f} s, scaled")
     print(f"dense / low rank = {solves * once / sum(low_rank):.0f}")
     for name, sizes in (("samples", [(200, m), (400, m), (800, m)]), ("M", [(400, m // 4), (400, m // 2), (400, m)])):
         times = []
