@@ -150,6 +150,7 @@ def flow_to_image(flow):
     HSV with hue = direction, saturation = 1 and value = magnitude scaled from 0 to 1 within each image, as the released
     benchmark does. At full saturation the conversion to RGB is a tent of width 4 (in sixths of the circle) per channel.
     """
+    flow = flow.astype(np.float64)  # in float32 processors differ in a last bit, and then pixels do
     magnitude = np.hypot(flow[..., 0], flow[..., 1])
     low = magnitude.min((1, 2), keepdims=True)
     value = (magnitude - low) / np.maximum(magnitude.max((1, 2), keepdims=True) - low, 1e-12)
@@ -220,11 +221,12 @@ def _synthetic_session(name, size, random):
     owners = np.array([random.choice(len(people), p=shares[emotion]) for emotion in emotions])
     for person in sorted(set(range(len(people))) - set(owners)):
         owners[random.choice(np.flatnonzero(owners == np.bincount(owners).argmax()))] = person
-    flows = np.stack([_synthetic_flow(CAMERAS[name], people[o], e, size, random) for o, e in zip(owners, emotions)])
+    flows = (_synthetic_flow(CAMERAS[name], people[o], e, size, random) for o, e in zip(owners, emotions))
+    images = np.concatenate([flow_to_image(flow[None]) for flow in flows])
     keys = [f"{name}_{e}/sub{o + 1:03d}_{i:04d}.png" for i, (o, e) in enumerate(zip(owners, emotions))]
     order = sorted(range(len(keys)), key=lambda i: (emotions[i], keys[i]))
     emotions, keys = [emotions[i] for i in order], [keys[i] for i in order]
-    return Session(name, flow_to_image(flows)[order], emotions, owners[order] + 1, keys)
+    return Session(name, images[order], emotions, owners[order] + 1, keys)
 
 
 def _synthetic_subject(random):
@@ -241,14 +243,14 @@ def _synthetic_subject(random):
 
 
 def _synthetic_flow(camera, person, emotion, size, random):
-    """One sample's flow field (S, S, 2), float32."""
+    """One sample's flow field (S, S, 2)."""
     scale, scale_spread, shift_spread, rotation_spread, head, noise, blur = camera
     # The crop: which place of the face each pixel shows.
     angle, zoom = random.normal(0, rotation_spread), scale * np.exp(random.normal(0, scale_spread))
     shift = shift_spread * (0.7 * person["shift"] + 0.7 * random.normal(0, 1, 2))
-    line = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32)
-    x, y = line[None, :] - np.float32(shift[0]), line[:, None] - np.float32(shift[1])  # (1, S), (S, 1)
-    cos, sin = np.float32(np.cos(angle) / zoom), np.float32(np.sin(angle) / zoom)
+    line = (np.arange(size) + 0.5) / size * 2 - 1
+    x, y = line[None, :] - shift[0], line[:, None] - shift[1]  # (1, S), (S, 1)
+    cos, sin = np.cos(angle) / zoom, np.sin(angle) / zoom
     x, y = cos * x + sin * y, cos * y - sin * x  # (S, S) each, in the face's own coordinates
     # The emotion's action units, the person's habit, and now and then a unit that means nothing.
     chances = {unit: 0.04 for unit in ACTION_UNITS} | {person["habit"]: 0.5} | EMOTION_UNITS[emotion]
@@ -261,24 +263,24 @@ def _synthetic_flow(camera, person, emotion, size, random):
             for side in (1, -1):
                 side_gain = gain * max(0.0, 1 + side * (person["sides"] + random.normal(0, 0.2)))
                 bumps.append((side * place_x, place_y, side * side_gain * dx, side_gain * dy, np.hypot(width, blur)))
-    flow = np.zeros((size, size, 2), np.float32)
+    flow = np.zeros((size, size, 2))
     if bumps:
-        bump_x, bump_y, dx, dy, width = np.array(bumps, np.float32).T[:, :, None, None]  # (K, 1, 1) each
+        bump_x, bump_y, dx, dy, width = np.array(bumps).T[:, :, None, None]  # (K, 1, 1) each
         shape = np.exp(-((x - bump_x) ** 2 + (y - bump_y) ** 2) / (2 * width**2))  # (K, S, S)
         flow += np.stack([(shape * dx).sum(0), (shape * dy).sum(0)], -1)
     # The head moves a little, as one piece, and the flow is noisy.
     oval = np.exp(-(((x / 0.9) ** 2 + (y / 1.1) ** 2) ** 2))[..., None]
     turn, nod = head * random.normal(0, 0.5, 2)
     flow += oval * np.stack([-turn * y + nod * x, turn * x + nod * y], -1)
-    flow += oval * (head * (person["head"] + random.normal(0, 0.6, 2))).astype(np.float32)
-    return (flow + noise * smooth_noise(random, 1, size, 12)[0]).astype(np.float32)
+    flow += oval * head * (person["head"] + random.normal(0, 0.6, 2))
+    return flow + noise * smooth_noise(random, 1, size, 12)[0]
 
 
 def smooth_noise(random, count, size, grid):
     """Fields (count, S, S, 2) of unit normal noise on a coarse grid x grid, interpolated linearly to S x S."""
     place = np.linspace(0, grid - 1, size)
-    up = np.maximum(0, 1 - abs(place[:, None] - np.arange(grid))).astype(np.float32)  # (S, grid)
-    return np.einsum("yg,xh,nghc->nyxc", up, up, random.randn(count, grid, grid, 2).astype(np.float32), optimize=True)
+    up = np.maximum(0, 1 - abs(place[:, None] - np.arange(grid)))  # (S, grid)
+    return np.einsum("yg,xh,nghc->nyxc", up, up, random.randn(count, grid, grid, 2), optimize=True)
 
 
 # ======================================================================================================================

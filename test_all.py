@@ -406,6 +406,14 @@ def test_readme_examples():
     assert tried >= 5 and not failed
 
 
+def test_readme_shows_this_stream(watch, capsys):
+    """The hash of folds and images that the README prints: the stream is the same, byte for byte, on every machine."""
+    watch("ranpac", "--features", "pixels", *TWO[:1], *data.STREAM, "--folds", "0")
+    (shown,) = re.findall("folds and data (.*)", capsys.readouterr().out)
+    with open(os.path.join(HERE, "README.md")) as file:
+        assert f"folds and data {shown}\n" in file.read()
+
+
 def test_readme_line_counts():
     with open(os.path.join(HERE, "README.md")) as file:
         counts = dict(re.findall(r"^\| \[`(\w+\.py)`\]\(\w+\.py\) \| (\d+) \|", file.read(), re.M))
