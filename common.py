@@ -76,8 +76,9 @@ def parse(p, settings):
     Ends with one line on a wrong value.
     """
     args = p.parse_args()
-    if args.data == "":
-        data.fail("--data is empty; without --data the synthetic stream is taken")
+    for flag, instead in (("data", "the synthetic stream is taken"), ("weights", "the preset's are taken")):
+        if getattr(args, flag) == "":
+            data.fail(f"--{flag} is empty; without --{flag} {instead}")
     args.method, args.variant = os.path.splitext(os.path.basename(sys.argv[0]))[0], ""
     args.preset = args.preset or ("paper" if args.data else "tiny")
     if "epochs_next" not in settings:
@@ -107,7 +108,9 @@ def parse(p, settings):
 def _device(name):
     """The torch.device that --device names, tried out; and torch's determinism, for the whole process."""
     # Under torchrun every process gets its own device (and, in protocols.Run, its own folds).
-    name = name or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and os.environ.get("LOCAL_RANK"):
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -125,9 +128,12 @@ def _device(name):
 
 
 def load_sessions(args):
-    """The sessions that the arguments ask for: a list of data.Session. Says once when they are synthetic."""
+    """The sessions that the arguments ask for: a list of data.Session. Says when they are synthetic, or how whole."""
     if args.data:
-        return data.load(args.data, args.sessions, args.image_size)
+        sessions = data.load(args.data, args.sessions, args.image_size)
+        counts = [f"{s.name} {len(s.keys)} of {sum(data.COUNTS[s.name].values())}" for s in sessions]
+        print(f"samples, of those in the official sheets: {', '.join(counts)}")
+        return sessions
     print(f"Synthetic stream, {args.preset} preset: made-up flow images, numbers not comparable with the paper's.")
     return data.synthetic(args.image_size, sessions=args.sessions)
 
@@ -139,6 +145,9 @@ def launch(main, kept="finished folds are kept, --resume goes on from them"):
     except KeyboardInterrupt:
         print(f"\ninterrupted; {kept}", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:  # `python ranpac.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at its end
+        raise SystemExit(1) from None
 
 
 # ---- backbones -------------------------------------------------------------------------------------------------------

@@ -116,8 +116,10 @@ def _find_samples(path, sessions):
             if emotion not in TABLE1[session]:
                 left_out[folder] = left_out.get(folder, 0) + 1
                 continue
-            if not re.search(r"\d", stem):
-                fail(f"{os.path.join(path, folder, name)}: no number in the file name; the first number is the subject")
+            subject = re.search(r"\d+", stem)
+            if not subject or int(subject.group()) >= 2**31:
+                problem = "too large a first number" if subject else "no number"
+                fail(f"{os.path.join(path, folder, name)}: {problem} in the file name; the first number is the subject")
             found[session].append((emotion, name, f"{folder}/{name}"))
     for folder, count in left_out.items():
         print(f"left out: {count} samples of {folder}, an emotion that Table 1 does not list for this session")
@@ -140,7 +142,7 @@ def _read_session(path, name, samples, size):
                 images[i] = np.asarray(image).transpose(2, 0, 1)
         except Exception as error:  # a damaged file can raise almost anything
             fail(f"{os.path.join(path, key)}: not a readable image ({' '.join(str(error).split())})")
-    subjects = np.array([int(re.search(r"\d+", file).group()) for _, file, _ in samples])
+    subjects = np.array([int(re.search(r"\d+", file).group()) for _, file, _ in samples], np.int64)
     return Session(name, images, [emotion for emotion, _, _ in samples], subjects, [key for _, _, key in samples])
 
 
@@ -657,8 +659,8 @@ def _flow_image(row, plan, size):
             return None, "no landmarks", ""
         try:
             box = crop_box(np.asarray(np.load(path)), *images[0].size)
-        except (OSError, ValueError, EOFError) as error:
-            return None, "landmarks cannot be used", str(error)
+        except Exception as error:  # a damaged file can raise almost anything
+            return None, "landmarks cannot be used", " ".join(str(error).split())
     # Flow at the frames' own resolution, as in the released benchmark: a stretched frame would change its directions.
     onset, apex = (np.asarray(image.crop(box) if box else image) for image in images)
     if np.array_equal(onset, apex):
@@ -731,8 +733,14 @@ def _report(path, plans):
     dropped = [row for plan in plans.values() for row in plan["rows"] if row["reason"]]
     others = []
     if os.path.exists(path):
-        with open(path, encoding="utf-8", newline="") as file:
-            others = [row for row in csv.DictReader(file) if row.get("dataset") not in plans]
+        try:
+            with open(path, encoding="utf-8", newline="") as file:
+                reader = csv.DictReader(file)
+                others = [row for row in reader if row["dataset"] not in plans]
+            if tuple(reader.fieldnames or ()) != REPORT:
+                raise ValueError("other columns")
+        except (KeyError, ValueError) as error:
+            fail(f"{path}: not readable as what prepare writes ({error}); delete it and run again")
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, REPORT, extrasaction="ignore")
     writer.writeheader()
@@ -797,5 +805,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("\ninterrupted; what is written is whole, the same prepare command goes on from it", file=sys.stderr)
+        print("\ninterrupted; prepare goes on when it is run again, the other commands start anew", file=sys.stderr)
         raise SystemExit(130) from None

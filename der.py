@@ -64,7 +64,7 @@ def main():
 
     for fold in run.folds:  # those asked for, without those that --resume keeps
         # ---- a trial begins: fold i of every session ----
-        common.seed(args, fold)
+        common.seed(args, fold)  # so that a fold is the same in any company
         rows = rch.RCH()  # the rows so far, each a (session, emotion) pair
         extractors, head = [], None
         test_images, test_features = [], []
@@ -100,7 +100,7 @@ def main():
             extractors[-1].train()
             for epoch in range(epochs):
                 for batch in common.batches(len(x), args.batch, args.device):  # shuffled indices (B,)
-                    with common.autocast(args):
+                    with common.autocast(args):  # bfloat16, on CUDA only
                         f = extractors[-1](common.normalize(x[batch], args))  # (B, d)
                         logits = head(torch.cat([old_f[batch], f], 1))  # (B, R)
                         aux = aux_head(f)  # (B, emotions of the session + 1), unused in session 1
@@ -111,9 +111,10 @@ def main():
                     loss.backward()
                     optimizer.step()
                     schedule.step()
-                common.check_finite(loss, fold, session.name, epoch)
+                common.check_finite(loss, fold, session.name, epoch)  # stops a run that has diverged
 
             # ---- test on the fold-i parts of all sessions so far ----
+            # extract: in batches, from uint8, in float32, without gradients.
             # Old extractors see only the new test images: what they said of the earlier ones is kept.
             extractors[-1].eval()
             for s, extractor in enumerate(extractors[:-1]):

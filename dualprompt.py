@@ -141,7 +141,7 @@ def main():
 
     for fold in run.folds:  # those asked for, without those that --resume keeps
         # ---- a trial begins: fold i of every session ----
-        common.seed(args, fold)
+        common.seed(args, fold)  # so that a fold is the same in any company
         rows = rch.RCH()  # the rows so far, each a (session, emotion) pair
         prompts = Prompts(vit, args.length)
         heads = nn.ModuleList()
@@ -168,7 +168,7 @@ def main():
             for epoch in range(epochs):
                 for batch in common.batches(len(x), args.batch, args.device):  # shuffled indices (B,)
                     index = torch.full((len(batch),), t, device=args.device)  # (B,) the session is known in training
-                    with common.autocast(args):
+                    with common.autocast(args):  # bfloat16, on CUDA only
                         if args.no_prompts:
                             f = q[batch]  # (B, d)
                         else:
@@ -179,9 +179,10 @@ def main():
                     loss.backward()
                     nn.utils.clip_grad_norm_(trained, 1.0)
                     optimizer.step()
-                common.check_finite(loss, fold, session.name, epoch)
+                common.check_finite(loss, fold, session.name, epoch)  # stops a run that has diverged
 
             # ---- test on the fold-i parts of all sessions so far ----
+            # extract: in batches, from uint8, in float32, without gradients.
             with torch.no_grad():
                 test_q = torch.cat(test_queries)  # (n, d)
                 index = prompts.choose(test_q)  # (n,) at test the session is not known: the nearest key decides

@@ -13,8 +13,9 @@ A session's life
     tested    on all emotions so far: RCH merges the rows that mean the same emotion (rch.py)
 
 What RCH adds: an emotion that returns in a new domain gets a new row, so the old row is not pulled over to the new
-domain. What goes wrong without exemplars: rows of different sessions were never trained against each other, so their
-scales differ (the summary prints them), and with eq. 3 the loudest session wins. Compare the columns sum and prob.
+domain. What goes wrong without exemplars: rows of different sessions were never trained against each other. Each
+session has a constant of its own and a scale of its own (the summary prints the sizes), and the loudest one wins.
+Merging by "centered" takes out the constants (protocols.py --details); nothing takes out the scales.
 
 Two controls that the paper lacks
     --joint   the upper bound: in every session start anew from the initial weights and train on the data of all
@@ -74,7 +75,7 @@ def main():
 
     for fold in run.folds:  # those asked for, without those that --resume keeps
         # ---- a trial begins: fold i of every session ----
-        common.seed(args, fold)
+        common.seed(args, fold)  # so that a fold is the same in any company
         rows = rch.RCH()  # the rows so far, each a (session, emotion) pair
         backbone = copy.deepcopy(pretrained)
         heads = nn.ModuleList()
@@ -112,7 +113,7 @@ def main():
             backbone.train()
             for epoch in range(epochs):
                 for batch in common.batches(len(x), args.batch, args.device):  # shuffled indices (B,)
-                    with common.autocast(args):
+                    with common.autocast(args):  # bfloat16, on CUDA only
                         f = backbone(common.normalize(x[batch], args))  # (B, d)
                         logits = torch.cat([head(f) for head in heads], 1)  # (B, R)
                     loss = F.cross_entropy(logits.float() + outside, y[batch])
@@ -120,9 +121,10 @@ def main():
                     loss.backward()
                     optimizer.step()
                     schedule.step()
-                common.check_finite(loss, fold, session.name, epoch)
+                common.check_finite(loss, fold, session.name, epoch)  # stops a run that has diverged
 
             # ---- test on the fold-i parts of all sessions so far ----
+            # extract: in batches, from uint8, in float32, without gradients.
             backbone.eval()
             with torch.no_grad():
                 f = common.extract(backbone, torch.cat(test_images), args)  # (n, d)

@@ -80,7 +80,7 @@ def main():
 
     for fold in run.folds:  # those asked for, without those that --resume keeps
         # ---- a trial begins: fold i of every session ----
-        common.seed(args, fold)
+        common.seed(args, fold)  # so that a fold is the same in any company
         rows = rch.RCH()  # the rows so far, each a (session, emotion) pair
         student, student_head = pretrained, None
         test_images, old_test_f = [], torch.empty(0, d, device=args.device)
@@ -116,7 +116,7 @@ def main():
             backbone.train()
             for epoch in range(epochs):
                 for batch in common.batches(len(x), args.batch, args.device):  # shuffled indices (B,)
-                    with common.autocast(args):
+                    with common.autocast(args):  # bfloat16, on CUDA only
                         f = backbone(common.normalize(x[batch], args))  # (B, d)
                         logits = head(torch.cat([old_f[batch], f], 1) if t else f)  # (B, R)
                         new_logits = new_head(f)  # (B, R), unused in session 1
@@ -128,7 +128,7 @@ def main():
                     loss.backward()
                     optimizer.step()
                     schedule.step()
-                common.check_finite(loss, fold, session.name, epoch)
+                common.check_finite(loss, fold, session.name, epoch)  # stops a run that has diverged
             backbone.eval().requires_grad_(False)
             student, student_head = backbone, head  # in session 1 there is nothing to compress
 
@@ -146,17 +146,18 @@ def main():
                 student.train()
                 for epoch in range(epochs):
                     for batch in common.batches(len(x), args.batch, args.device):  # shuffled indices (B,)
-                        with common.autocast(args):
+                        with common.autocast(args):  # bfloat16, on CUDA only
                             logits = student_head(student(common.normalize(x[batch], args)))  # (B, R)
                         loss = distillation(logits.float(), teacher_scores[batch])
                         optimizer.zero_grad()
                         loss.backward()
                         optimizer.step()
                         schedule.step()
-                    common.check_finite(loss, fold, session.name, epoch)
+                    common.check_finite(loss, fold, session.name, epoch)  # stops a run that has diverged
                 student.eval().requires_grad_(False)
 
             # ---- test on the fold-i parts of all sessions so far ----
+            # extract: in batches, from uint8, in float32, without gradients.
             # The old network is the last session's student, whose features of the earlier test images are kept.
             with torch.no_grad():
                 everything = torch.cat(test_images)

@@ -108,7 +108,7 @@ def main():
 
     for fold in run.folds:  # those asked for, without those that --resume keeps
         # ---- a trial begins: fold i of every session ----
-        common.seed(args, fold)
+        common.seed(args, fold)  # so that a fold is the same in any company
         rows = rch.RCH()  # the rows so far, each a (session, emotion) pair
         pool = PromptPool(args.pool, args.length, d, args.device)
         heads = nn.ModuleList()
@@ -134,7 +134,7 @@ def main():
             for epoch in range(epochs):
                 for batch in common.batches(len(x), args.batch, args.device):  # shuffled indices (B,)
                     index, cosine = pool.choose(q[batch], args.chosen)  # (B, chosen) each
-                    with common.autocast(args):
+                    with common.autocast(args):  # bfloat16, on CUDA only
                         if args.no_prompts:
                             f = q[batch]  # (B, d)
                         else:
@@ -147,9 +147,10 @@ def main():
                     loss.backward()
                     nn.utils.clip_grad_norm_(trained, 1.0)
                     optimizer.step()
-                common.check_finite(loss, fold, session.name, epoch)
+                common.check_finite(loss, fold, session.name, epoch)  # stops a run that has diverged
 
             # ---- test on the fold-i parts of all sessions so far ----
+            # extract: in batches, from uint8, in float32, without gradients.
             with torch.no_grad():
                 test_q = torch.cat(test_queries)  # (n, d)
                 index, _ = pool.choose(test_q, args.chosen)  # (n, chosen)

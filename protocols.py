@@ -6,9 +6,9 @@ tested on the fold-i parts of sessions 1..t together. Five trials make a run. Af
 
     A_t      accuracy after session t          A-bar   mean of A_1..A_T          A-tilde   A_T, the last
 
-Means and standard deviations (n - 1) are over folds, as in the paper (arXiv 2501.19111, section 5). Folds differ in
-size by a factor of almost three, so the run also pools all folds' predictions: accuracy with a 95 % interval, UF1 and
-UAR.
+Means are over folds, as in the paper (arXiv 2501.19111, section 5); standard deviations (n - 1) are ours. Folds differ
+in size by a factor of almost three, so the run also pools all folds' predictions: accuracy with a 95 % interval, UF1
+and UAR, all three by eq. 3's sum.
 
 Shapes: N samples of a session, n samples tested after a session, R rows, E emotions, T sessions.
 
@@ -143,8 +143,8 @@ class Run:
         self.info = {name: value for name, value in vars(args).items() if name not in skip}
         self.info |= {"device": args.device.type, "synthetic": args.data is None, "logits": logits, "fold_count": count,
                       "manifest": manifest.hexdigest()[:12]}  # fmt: skip
-        rooms = [os.path.join(HERE, f"{room}.py") for room in ("common", "data", "protocols", "rch")]
-        for path in [os.path.abspath(sys.argv[0]), *rooms]:
+        shared = [os.path.join(HERE, name) for name in ("common.py", "data.py", "protocols.py", "rch.py")]
+        for path in [os.path.abspath(sys.argv[0]), *shared]:
             with open(path, "rb") as file:
                 self.info[os.path.basename(path)] = hashlib.sha256(file.read()).hexdigest()[:12]
 
@@ -154,14 +154,21 @@ class Run:
         name = "-".join(filter(None, [*words, sessions_named, *args.changed]))
         self.folder = os.path.join(args.out, re.sub(r"[^\w.+=-]", "_", name))
         kept = self._resume(args.resume)
+        path, text = os.path.join(self.folder, "run.json"), json.dumps(self.info, indent=1).encode()
         try:
             os.makedirs(self.folder, exist_ok=True)
-            _write(os.path.join(self.folder, "run.json"), json.dumps(self.info, indent=1).encode())
+            others = [i for i in range(count) if i not in folds and os.path.exists(f"{self.folder}/fold{i}.npz")]
+            if others and os.path.exists(path):
+                with open(path, "rb") as file:
+                    if file.read() != text:
+                        numbers = ", ".join(map(str, others))
+                        print(f"note: {self.folder}: folds {numbers} are of another run and count no more")
+            _write(path, text)
         except OSError as error:
             fail(f"{self.folder}: cannot be written ({error.strerror}); --out takes another folder")
 
         # Under torchrun, rank r of w takes every w-th fold.
-        rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        rank, self.world = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
         self.folds = [fold for fold in folds[rank :: self.world] if fold not in kept]
         print(f"{args.method} {args.variant}".strip() + f", {args.backbone} ({args.checkpoint}), {args.protocol}, "
               f"{args.device}, folds and data {self.info['manifest']}")  # fmt: skip
@@ -194,7 +201,7 @@ class Run:
         scores  (n, R) row scores of the fold-`fold` test parts of sessions 0..t, in that order: array or CPU tensor
         rows    the rch.RCH that they belong to
         others  further row scores (n, R) to keep and to print behind the first, named
-        Ends with one line if the file cannot be written. A printed last line means a kept fold.
+        Ends with one line if a score is not finite or a file cannot be written. A printed last line means a kept fold.
         """
         if t == 0:  # a trial begins
             self.saved = {"seconds": [], "train_counts": []}
@@ -211,6 +218,8 @@ class Run:
         for name, values in {"": scores, **others}.items():
             values = np.asarray(values, np.float32)
             assert values.shape == (len(labels), len(rows.row_emotion))
+            if not np.isfinite(values).all():
+                fail(f"the scores are not finite in fold {fold}, session {self.sessions[t].name}; try a smaller --lr")
             self.saved[f"{name or 'scores'}_{t}"] = values
             predictions = [predict(values, rows.row_emotion, rows.row_session, counts, how) for how in self.ways]
             shares = [accuracy(true, p) for p in predictions] + [uf1(true, predictions[0]), uar(true, predictions[0])]
@@ -236,7 +245,7 @@ class Run:
                 fail(f"{path}: cannot be written ({error.strerror}); --resume goes on from the finished folds")
         if not self.header_printed:
             columns = "".join(f"{column:>6s}" for column in (*self.ways, "UF1", "UAR"))
-            print(f"fold  session  emotions  {columns}   seconds")
+            print(f"fold  session  emotions  {columns}   seconds" + "".join(f"   {name}{columns}" for name in others))
             self.header_printed = True
         line = f"{fold:4d}  {self.sessions[t].name:7s}  {len(rows.emotions):8d}  {cells[0]}  {now - self.clock:8.1f}"
         print("   ".join([line, *cells[1:]]), flush=True)
@@ -395,8 +404,8 @@ def summarise(info, folds):
         for t, by_source in enumerate(per_source(folds)):
             add(f"after {names[t]}", [f"{100 * v:.2f}" for v in by_source[: t + 1]])
         # Long training makes large scores: rows of the first session can outshout the later ones in eq. 3's sum.
-        saved = next(iter(folds.values()))
-        final, row_session = saved[f"scores_{last}"], saved["row_session"]
+        row_session = next(iter(folds.values()))["row_session"]
+        final = np.concatenate([saved[f"scores_{last}"] for saved in folds.values()])
         sizes = {s: np.abs(final[:, row_session == s] - final.mean(1, keepdims=True)).mean() for s in set(row_session)}
         add("mean size of the row scores", [f"{sizes[s]:.3g}" if s in sizes else "-" for s in range(last + 1)])
     return "\n".join(lines)
@@ -523,7 +532,8 @@ def table(runs, how="sum"):
             head, blank = ["backbone", "method", *columns, *by_prob], ["-"] * len(by_prob)
             lines += ["", f"**{last}** (remapped by {how})", "", markdown_row(head), "|" + "---|" * len(head)]
             if not loso:
-                often = [f"{v:.2f}" for v in majority_curve(folds).mean(0)]
+                most = max((fs for _, i, fs in runs if title(i) == last), key=len)  # the run with the most folds
+                often = [f"{v:.2f}" for v in majority_curve(most).mean(0)]
                 lines.append(markdown_row(["-", "always the commonest emotion", *often, *blank]))
         cells = [f"{v:.2f}" if s is None else f"{v:.2f} ± {s:.2f}" for v, s in zip(means, spreads)]
         if by_prob:
@@ -656,4 +666,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -145,13 +145,13 @@ def main():
     sessions = common.load_sessions(args)  # T data.Session: name, images, emotions, subjects
     images = [torch.from_numpy(session.images).to(args.device) for session in sessions]  # (N, 3, S, S) uint8 each
     pretrained = Pixels() if args.features == "pixels" else common.make_backbone(args)  # (B, 3, S, S) -> (B, d), eval
-    run = protocols.Run(args, sessions, logits=False)  # makes the folds; prints the lines, writes the files
+    run = protocols.Run(args, sessions, logits=False)  # makes the folds; prints lines (no prob: these are regressions)
     if args.features == "adapted":
         common.estimate(args, pretrained, sessions, run)  # only says how long the paper preset takes on a CPU
 
     for fold in run.folds:  # those asked for, without those that --resume keeps
         # ---- a trial begins: fold i of every session ----
-        common.seed(args, fold)
+        common.seed(args, fold)  # so that a fold is the same in any company
         rows = rch.RCH()  # the rows so far, each a (session, emotion) pair
         backbone = copy.deepcopy(pretrained)
         test_h = []
@@ -180,17 +180,18 @@ def main():
                 backbone.train()
                 for epoch in range(args.epochs_first):
                     for batch in common.batches(len(x), args.batch, args.device):  # shuffled indices (B,)
-                        with common.autocast(args):
+                        with common.autocast(args):  # bfloat16, on CUDA only
                             logits = head(backbone(common.normalize(x[batch], args)))  # (B, R)
                         loss = F.cross_entropy(logits.float(), y[batch])
                         optimizer.zero_grad()
                         loss.backward()
                         optimizer.step()
                         schedule.step()
-                    common.check_finite(loss, fold, session.name, epoch)
+                    common.check_finite(loss, fold, session.name, epoch)  # stops a run that has diverged
                 backbone.eval()
 
             # Phase 2, in every session: add its samples to the sums and solve.
+            # extract: in batches, from uint8, in float32, without gradients.
             h = F.relu(common.extract(backbone, x, args) @ projection)  # (N, M)
             one_hot = F.one_hot(y, new.stop)  # (N, R)
             lam = choose_lambda(h, one_hot)
