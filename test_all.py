@@ -1063,7 +1063,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_killed_anywhere_and_resumed_runs_end_alike(tmp_path):
     """SIGKILL in training, in evaluation and at each step of writing a file; then --resume: the undisturbed numbers."""
     flags = ["--epochs-first", "1", "--epochs-next", "1", *TWO, "--folds", "0", "1"]
-    # (moment, how many pass before): folds kept. A fold has 11 steps of 2 moments each, 2 tests and, after run.json, a file
+    # (moment, how many pass before): folds kept. Per fold 11 steps of 2 moments, 2 tests, 1 file; run.json is the first
     moments = {
         ("training", 0): 0, ("training", 15): 0, ("training", 43): 1,
         ("evaluation", 0): 0, ("evaluation", 1): 0, ("evaluation", 3): 1,
