@@ -50,7 +50,7 @@ import protocols
 import rch
 
 # ---- settings --------------------------------------------------------------------------------------------------------
-SETTINGS = {  # paper, tiny
+SETTINGS = {  # (paper preset, tiny preset)
     "epochs_first": (60, 10),
     "epochs_next": (10, 3),
     "batch": (16, 16),
@@ -153,7 +153,7 @@ def main():
             emotions = data.TABLE1[session.name]  # the session's 5 to 7 words
             new = rows.add_session(emotions)  # slice of the new rows among all R
             x, q = images[t][train], queries[t][train]  # (N, 3, S, S) uint8, (N, d)
-            y = torch.from_numpy(rows.targets(session.emotions)[train]).to(args.device)  # (N,) rows
+            y = torch.from_numpy(rows.targets(session.emotions)[train]).to(args.device)  # (N,) the row of each sample
             test_images.append(images[t][test])
             test_queries.append(queries[t][test])
 

@@ -50,7 +50,7 @@ import protocols
 import rch
 
 # ---- settings --------------------------------------------------------------------------------------------------------
-SETTINGS = {  # paper, tiny
+SETTINGS = {  # (paper preset, tiny preset)
     "epochs_first": (60, 10),
     "epochs_next": (10, 3),
     "batch": (16, 32),
@@ -90,7 +90,7 @@ def main():
             else:
                 new = rows.add_session(emotions)  # slice of the new rows among all R
             x = images[t][train]  # (N, 3, S, S) uint8; N is now the session's training samples
-            y = torch.from_numpy(rows.targets(session.emotions)[train]).to(args.device)  # (N,) rows
+            y = torch.from_numpy(rows.targets(session.emotions)[train]).to(args.device)  # (N,) the row of each sample
             test_images.append(images[t][test])
 
             # ---- grow ----

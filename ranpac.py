@@ -4,7 +4,7 @@ In session 1 the backbone is fine-tuned, then frozen for good. From there on onl
 Each picture becomes a feature vector f of d numbers, then h = relu(f W) with a fixed random W of M = 10000 columns:
 many random directions of f, each cut off at zero, among which a linear classifier can separate more than in f itself.
 The classifier is ridge regression from h onto the rows' 0/1 targets (a row: one emotion of one session, rch.py). With
-the samples' h as H (N x M) and their targets as Y (N x R), its solution needs only two sums over samples,
+the samples' h as H (N x M; not eq. 3's head) and their targets as Y (N x R), it needs only two sums over samples,
 
     G = H^T H  (M x M)      Q = H^T Y  (M x R)      weights = (G + lambda I)^-1 Q      scores = h @ weights.
 
@@ -13,10 +13,10 @@ data come at once. For a given lambda and backbone the classifier is therefore e
 sample kept.
 
 A session's life
-    session 1 trained   the backbone, with a temporary linear head that is thrown away
-    frozen after that   the backbone, and W from the start
-    grown               one column of Q per row; the sums
-    tested              on all emotions so far, by eq. 3 (run.record merges the rows by rch.remap)
+    trained   in session 1 only: the backbone, with a temporary linear head that is thrown away
+    frozen    after that the backbone; W from the start
+    grown     the sums, and one column of Q per row (Q lives in LowRankRidge as Z)
+    tested    on all emotions so far, by eq. 3 (run.record merges the rows by rch.remap)
 
 What RCH adds, and why here eq. 3 is exact: ridge weights are linear in Y. Let A (R x E) hold a 1 where a row stands
 for an emotion. Then summing rows, (G + lambda I)^-1 H^T Y A, IS ridge regression on the merged labels Y A. The 23
@@ -31,7 +31,7 @@ Controls: --features frozen (the pretrained backbone untouched), --features pixe
 Paper: McDonnell et al., RanPAC, arXiv 2307.02251; in the benchmark: arXiv 2501.19111, section 5.
 Run:   python ranpac.py --backbone vit --protocol ilcv
 
-Differs from the paper / from the released code (the benchmark's, where not called the original's)
+Differs from the paper / from the released code (both the benchmark's; "the original" is McDonnell et al.)
  1. Session 1 fine-tunes the whole backbone, as the benchmark's paper says. The original trains small adapters.
  2. AdamW with a cosine and weight decay 0.05, where the benchmark's paper names no optimizer; the released code takes
     SGD with momentum, weight decay 0.005 and a constant 2e-5, which hardly moves the network.
@@ -57,7 +57,7 @@ import protocols
 import rch
 
 # ---- settings --------------------------------------------------------------------------------------------------------
-SETTINGS = {  # paper, tiny
+SETTINGS = {  # (paper preset, tiny preset)
     "epochs_first": (60, 10),
     "batch": (16, 32),
     "lr": (2e-5, 5e-4),
@@ -98,8 +98,8 @@ class LowRankRidge:
         s = torch.cat([self.s.to(h.device), h])  # (k + n, M), with S^T S = G + h^T h
         z = F.pad(self.z.to(h.device), (0, y.shape[1] - self.z.shape[1]))  # old samples are 0 in the new columns
         z = torch.cat([z, y])  # (k + n, R), with S^T Z = Q + h^T y
-        # S S^T = U diag(eigenvalues) U^T. U is orthogonal, so U^T S and U^T Z have the same products S^T S and S^T Z. A
-        # row u^T S has the squared length of its eigenvalue: where that is 0, it adds nothing to any product.
+        # S S^T = U diag(eigenvalues) U^T. U is orthogonal, so U^T S and U^T Z have the same products S^T S and S^T Z.
+        # The squared length of a row u^T S is its eigenvalue: where that is 0, so is the row, and it can go.
         eigenvalues, u = torch.linalg.eigh(s @ s.T)
         keep = eigenvalues > 1e-13 * eigenvalues.max()  # the others are only rounding errors
         self.eigenvalues, u = eigenvalues[keep], u[:, keep]
@@ -161,7 +161,7 @@ def main():
             train, test = run.parts(fold, t)  # indices into the session's samples
             new = rows.add_session(data.TABLE1[session.name])  # slice of the new rows among all R
             x = images[t][train]  # (N, 3, S, S) uint8; N is now the session's training samples
-            y = torch.from_numpy(rows.targets(session.emotions)[train]).to(args.device)  # (N,) rows
+            y = torch.from_numpy(rows.targets(session.emotions)[train]).to(args.device)  # (N,) the row of each sample
 
             # ---- grow ----
             if t == 0:  # from then on Q gets a column per new row, inside ridge.update

@@ -13,7 +13,7 @@ For a linear head the sum of weights is the sum of scores, x^T (H_1^c + H_3^c) =
 does is one matrix product of the row scores (B, R) with a 0/1 matrix (R, E). The softmax of eq. 4 changes no argmax.
 
 Why the sum needs care. An emotion seen in four sessions is a sum of four scores, one seen once is a single score, so
-whatever all rows have in common counts four times against once. Two things put something there:
+whatever is added to every row counts four times against once. Two things shift rows like this:
 
     a constant   Cross-entropy fixes only differences: add 7 to all scores of a sample and the loss is the same, but one
                  emotion gets 28 and another 7. A loss within a session's rows (Finetune, L2P, DualPrompt) leaves one
@@ -25,7 +25,7 @@ RanPAC's rows are regressions onto 0 and 1. Nothing is free there, and the sum i
 gets by merging the labels before training (see ranpac.py). For the others compare
 
     sum        eq. 3, as the paper has it
-    prob       p(emotion) = the sum of its rows' softmax probabilities: a constant common to all rows cancels
+    prob       not eq. 4: softmax over the rows first, then the sum; a constant common to all rows cancels
     centered   first subtract each session's mean row score, then sum: a constant per session cancels
     max        the best row decides: what the released code does
 
@@ -62,7 +62,7 @@ class RCH:
         return slice(first, len(self.row_emotion))
 
     def targets(self, words):
-        """Training targets: for N emotion words the row (N,) int that was added for each of them last."""
+        """Training targets: for N emotion words, one per sample, the index (N,) int of each one's newest row."""
         row = {self.emotions[e]: r for r, e in enumerate(self.row_emotion)}  # a later row replaces an earlier one
         return np.array([row[word] for word in words], int)
 
