@@ -6,7 +6,6 @@ Command, at the end of the file:
     python common.py pretrain --backbone vit     make tiny/vit.pt, the tiny preset's stand-in for ImageNet
 """
 
-import argparse
 import contextlib
 import copy
 import functools
@@ -39,8 +38,7 @@ def parser(description, settings, protocols=("ilcv", "slcv")):
     def default(name):
         return "paper {}, tiny {}".format(*settings[name]) if name in settings else "not used by this method"
 
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = lambda message: data.fail(f"{message}; see --help")
+    p = data.argument_parser(description)
     p.add_argument("--backbone", default="vit", help="vit, swin, resnet or any timm model id (default: vit)")
     p.add_argument("--protocol", default="ilcv", choices=protocols, help="how samples become folds (default: ilcv)")
     p.add_argument("--data", metavar="PATH", help="processed folder (default: the synthetic stream)")
@@ -442,8 +440,7 @@ def pretrain(args):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.error = lambda message: data.fail(f"{message}; see --help")
+    p = data.argument_parser(__doc__)
     p.add_argument("command", choices=["pretrain"])
     p.add_argument("--backbone", choices=list(CHECKPOINTS), default="vit")
     p.add_argument("--images", type=int, default=100_000, help="patterns to make up (default: 100000)")

@@ -76,6 +76,14 @@ def fail(message):
     raise SystemExit(2)
 
 
+def argument_parser(description, epilog=None):
+    """A command line whose errors are one line, as of `fail`, and whose help keeps the text's line breaks."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=formatter)
+    p.error = lambda message: fail(f"{message}; see --help")
+    return p
+
+
 # ---- a processed folder ----------------------------------------------------------------------------------------------
 def load(path, sessions=STREAM, size=224):
     """Read `sessions` from the processed folder `path`, resized (stretched, bilinear) to size x size pixels.
@@ -95,7 +103,7 @@ def load(path, sessions=STREAM, size=224):
 
 
 def _find_samples(path, sessions):
-    """The samples of each session: {session: list of (emotion, file name, key)}."""
+    """The samples of each session: {session: list of (emotion, file name, key, subject)}."""
     found = {session: [] for session in sessions}
     left_out = {}
     for folder in sorted(os.listdir(path)):
@@ -120,18 +128,19 @@ def _find_samples(path, sessions):
             if not subject or int(subject.group()) >= 2**31:
                 problem = "too large a first number" if subject else "no number"
                 fail(f"{os.path.join(path, folder, name)}: {problem} in the file name; the first number is the subject")
-            found[session].append((emotion, name, f"{folder}/{name}"))
+            found[session].append((emotion, name, f"{folder}/{name}", int(subject.group())))
     for folder, count in left_out.items():
         print(f"left out: {count} samples of {folder}, an emotion that Table 1 does not list for this session")
     return found
 
 
 def _read_session(path, name, samples, size):
-    """Decode `samples`, a sorted list of (emotion, file name, key), into one Session."""
+    """Decode `samples`, a sorted list of (emotion, file name, key, subject), into one Session."""
     if not samples:
         fail(f"{path}: no images of session {name}; expected folders such as {name}_{TABLE1[name][0]}")
+    emotions, _, keys, subjects = (list(column) for column in zip(*samples))
     images = np.empty((len(samples), 3, size, size), np.uint8)
-    for i, (_, _, key) in enumerate(samples):
+    for i, key in enumerate(keys):
         try:
             with Image.open(os.path.join(path, key), formats=("PNG", "JPEG", "BMP")) as image:
                 if image.mode[0] in "IF":
@@ -142,8 +151,7 @@ def _read_session(path, name, samples, size):
                 images[i] = np.asarray(image).transpose(2, 0, 1)
         except Exception as error:  # a damaged file can raise almost anything
             fail(f"{os.path.join(path, key)}: not a readable image ({' '.join(str(error).split())})")
-    subjects = np.array([int(re.search(r"\d+", file).group()) for _, file, _ in samples], np.int64)
-    return Session(name, images, [emotion for emotion, _, _ in samples], subjects, [key for _, _, key in samples])
+    return Session(name, images, emotions, np.array(subjects), keys)
 
 
 def flow_to_image(flow):
@@ -761,12 +769,7 @@ def _report(path, plans):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="prepare: " + inspect.cleandoc(prepare.__doc__),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.error = lambda message: fail(f"{message}; see --help")
+    parser = argument_parser(__doc__, epilog="prepare: " + inspect.cleandoc(prepare.__doc__))
     parser.add_argument("command", choices=("export", "show", "check", "prepare"))
     parser.add_argument("--data", metavar="PATH", help="processed folder (default: the synthetic stream)")
     parser.add_argument("--sessions", nargs="+", default=STREAM, choices=list(TABLE1), metavar="NAME",

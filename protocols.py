@@ -147,6 +147,7 @@ class Run:
         for path in [os.path.abspath(sys.argv[0]), *shared]:
             with open(path, "rb") as file:
                 self.info[os.path.basename(path)] = hashlib.sha256(file.read()).hexdigest()[:12]
+        self.info = json.loads(json.dumps(self.info))  # as it comes back from run.json, with lists for tuples
 
         source = "data" if args.data else "synthetic"
         sessions_named = "" if args.default_sessions else "+".join(args.sessions)
@@ -184,11 +185,10 @@ class Run:
         if not resume or not os.path.exists(path):
             return set()
         old = _read_info(path)
-        new = json.loads(json.dumps(self.info))
-        changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+        changed = sorted(name for name in old.keys() | self.info.keys() if old.get(name) != self.info.get(name))
         if changed:
             fail(f"--resume: {self.folder} differs in {', '.join(changed)}; without --resume it is redone")
-        return set(read_folds(self.folder, new))
+        return set(read_folds(self.folder, self.info))
 
     def parts(self, fold, t):
         """Indices (train, test) into session t's samples, for this fold."""
@@ -257,8 +257,7 @@ class Run:
         Under torchrun the processes end at different times; there the report (python protocols.py) gives the summary.
         """
         if self.world == 1:
-            info = json.loads(json.dumps(self.info))
-            print(summarise(info, read_folds(self.folder, info)))
+            print(summarise(self.info, read_folds(self.folder, self.info)))
         print(f"files: {self.folder}; all runs as a table: python protocols.py {os.path.dirname(self.folder) or '.'}")
 
 
@@ -394,8 +393,8 @@ def summarise(info, folds):
     add("  95 % interval", [f"{100 * low:.1f}-{100 * high:.1f}" for low, high in bounds])
     add("UF1, pooled", [f"{100 * uf1(true, predicted):.2f}" for true, predicted, _ in results])
     add("UAR, pooled", [f"{100 * uar(true, predicted):.2f}" for true, predicted, _ in results])
-    sizes = [len(saved["labels"]) for saved in folds.values()] if loso else None
-    often = np.average(majority_curve(folds), axis=0, weights=sizes)[: len(columns)]
+    weights = [len(saved["labels"]) for saved in folds.values()] if loso else None
+    often = np.average(majority_curve(folds), axis=0, weights=weights)[: len(columns)]
     add("always the commonest emotion", [f"{v:.2f}" for v in often])
     if loso and paper_numbers(info):
         lines.append("the paper: accuracy {:.2f}, F1 {:.2f}, UAR {:.2f}".format(*paper_numbers(info)))
