@@ -1,48 +1,27 @@
 """RanPAC: adapt once, then never train again. Random projection, and ridge regression that adds up over sessions.
 
 In session 1 the backbone is fine-tuned, then frozen for good. From there on only sums grow, and a sum forgets nothing.
-Each picture becomes a feature vector f of d numbers, then h = relu(f W) with a fixed random W of M = 10000 columns:
-many random directions of f, each cut off at zero, among which a linear classifier can separate more than in f itself.
-The classifier is ridge regression from h onto the rows' 0/1 targets (a row: one emotion of one session, rch.py). With
-the samples' h as H (N x M; not eq. 3's head) and their targets as Y (N x R), it needs only two sums over samples,
+Each image becomes features f (d numbers), then h = relu(f W) with a fixed random W of M = 10000 columns, among which a
+linear classifier can separate more than in f itself. The classifier is ridge regression from h onto the rows' 0/1
+targets. With the samples' h as H (N x M) and their targets as Y (N x R) it needs two sums over samples,
 
     G = H^T H  (M x M)      Q = H^T Y  (M x R)      weights = (G + lambda I)^-1 Q      scores = h @ weights.
 
-Sums do not care about order or about who brought the samples: after session t, G and Q are what they would be had all
-data come at once. For a given lambda and backbone the classifier is therefore exactly the joint one, without one old
-sample kept.
+Sums do not depend on order: after session t, G and Q are what they would be had all data come at once. For a given
+lambda and backbone the classifier is exactly the joint one, without one old sample kept.
 
-A session's life
-    trained   in session 1 only: the backbone, with a temporary linear head that is thrown away
-    frozen    after that the backbone; W from the start
-    grown     the sums, and one column of Q per row (Q lives in LowRankRidge as Z)
-    tested    on all emotions so far, by eq. 3 (run.record merges the rows by rch.remap)
+What RCH adds, and why here eq. 3 is exact: ridge weights are linear in Y. Let A (R x E) hold a 1 where a row stands for
+an emotion. Then summing rows, (G + lambda I)^-1 H^T Y A, IS ridge regression on the merged labels Y A. What goes wrong
+without exemplars: the backbone only adapts to session 1, and lambda is chosen on the current session's samples alone.
 
-What RCH adds, and why here eq. 3 is exact: ridge weights are linear in Y. Let A (R x E) hold a 1 where a row stands
-for an emotion. Then summing rows, (G + lambda I)^-1 H^T Y A, IS ridge regression on the merged labels Y A. The 23
-rows and the 9 emotions give the same predictions; the rows can be seen and remapped later, and that is all the
-difference. What goes wrong without exemplars (kept samples of old sessions): the backbone only ever adapted to session
-1, and lambda is chosen on the current session's samples alone, though it then regularises the sums over all of them.
+Paper: McDonnell et al., RanPAC, arXiv 2307.02251 (the original); in the benchmark: arXiv 2501.19111, section 3.4
+Run:   python ranpac.py --backbone vit --protocol ilcv       (--epochs-first 0: the network untouched)
 
-The M x M matrix never exists (see LowRankRidge): G has at most as many non-zero directions as there were samples.
-
-Controls: --features frozen (the pretrained backbone untouched), --features pixels (no network: 12 x 12 pixels).
-
-Paper: McDonnell et al., RanPAC, arXiv 2307.02251; in the benchmark: arXiv 2501.19111, section 5.
-Run:   python ranpac.py --backbone vit --protocol ilcv
-
-Differs from the paper / from the released code (both the benchmark's; "the original" is McDonnell et al.)
- 1. Session 1 fine-tunes the whole backbone, as the benchmark's paper says. The original trains small adapters.
- 2. AdamW with a cosine and weight decay 0.05, where the benchmark's paper names no optimizer; the released code takes
-    SGD with momentum, weight decay 0.005 and a constant 2e-5, which hardly moves the network.
- 3. Scores are the plain linear h @ weights, as in the original. The released code predicts by cosine similarity,
-    which is another classifier, and one for which eq. 3 is no longer exact.
- 4. The solution is the exact low-rank one in float64. The released code solves M x M systems in float32, which takes
-    minutes and is wrong at small lambda.
- 5. lambda is chosen on a random fifth of the session's training samples. The released code takes the last fifth in file
-    order, which is sorted by emotion: it validates on emotions it did not fit.
- 6. Of the lambdas whose error is within 1 % of the smallest, the largest is taken: on a few held-out samples the
-    smallest error itself is mostly luck.
+Differs from the paper / from the released code (both the benchmark's; and as finetune.py 1 to 4)
+ 1. Phase 1 trains the whole backbone with a linear head. The original: small adapters, a cosine head with a scale.
+ 2. Scores are h @ weights, as in the original. Released: cosine similarity, for which eq. 3 is no longer exact.
+ 3. The solution is the exact low-rank one in float64. Released: M x M systems in float32, wrong at small lambda.
+ 4. Of the lambdas whose error is within 1 % of the smallest, the largest is taken. Both choose on a random fifth.
 """
 
 import copy
@@ -56,9 +35,8 @@ import data
 import protocols
 import rch
 
-# ---- settings --------------------------------------------------------------------------------------------------------
-SETTINGS = {  # (paper preset, tiny preset)
-    "epochs_first": (60, 10),
+SETTINGS = {  # name: (paper preset, tiny preset); each is a flag
+    "epochs_first": (60, 10),  # in the first session, the only one that trains
     "batch": (16, 32),
     "lr": (2e-5, 5e-4),
     "weight_decay": (0.05, 0.05),
@@ -67,7 +45,6 @@ SETTINGS = {  # (paper preset, tiny preset)
 LAMBDAS = [10.0**power for power in range(-8, 9)]
 
 
-# ---- the method's own pieces -----------------------------------------------------------------------------------------
 def to_float64(x):
     """x in float64, which mps lacks: the ridge then runs on the CPU."""
     return (x.cpu() if x.device.type == "mps" else x).double()
@@ -125,86 +102,60 @@ def choose_lambda(h, y):
     return max(lam for lam, error in zip(LAMBDAS, errors) if error <= 1.01 * errors.min())
 
 
-class Pixels(nn.Module):
-    """The control without a network: pictures (B, 3, S, S) -> 12 x 12 area-averaged pixels (B, 432)."""
-
-    num_features = 3 * 12 * 12
-
-    def forward(self, x):
-        return F.adaptive_avg_pool2d(x, 12).flatten(1)
-
-
-# ---- the run ---------------------------------------------------------------------------------------------------------
 def main():
-    parser = common.parser(__doc__, SETTINGS)
-    what = "adapted in session 1 (RanPAC), or the controls (default: adapted)"
-    parser.add_argument("--features", choices=("adapted", "frozen", "pixels"), default="adapted", help=what)
-    args = common.parse(parser, SETTINGS)
-    args.variant = "" if args.features == "adapted" else args.features
-    args.checkpoint = "no network" if args.features == "pixels" else args.checkpoint
-    sessions = common.load_sessions(args)  # T data.Session: name, images, emotions, subjects
-    images = [torch.from_numpy(session.images).to(args.device) for session in sessions]  # (N, 3, S, S) uint8 each
-    pretrained = Pixels() if args.features == "pixels" else common.make_backbone(args)  # (B, 3, S, S) -> (B, d), eval
-    run = protocols.Run(args, sessions, logits=False)  # makes the folds; prints lines (no prob: these are regressions)
-    if args.features == "adapted":
-        common.estimate(args, pretrained, sessions, run)  # only says how long the paper preset takes on a CPU
+    args = common.parse(__doc__, SETTINGS)
+    pretrained = common.make_backbone(args)  # images (B, 3, S, S) -> features (B, d)
+    sessions = data.load_sessions(args, pretrained)
+    run = protocols.Run(args, sessions, merges=("sum",))  # no prob: the scores are regressions, not logits
 
-    for fold in run.folds:  # those asked for, without those that --resume keeps
+    for fold in run.folds:
         # ---- a trial begins: fold i of every session ----
-        common.seed(args, fold)  # so that a fold is the same in any company
-        rows = rch.RCH()  # the rows so far, each a (session, emotion) pair
+        torch.manual_seed(args.seed * 1000 + fold)
+        rows = rch.RCH()
         backbone = copy.deepcopy(pretrained)
+        own = torch.Generator().manual_seed(args.seed * 1000 + fold)  # W is the same whatever training draws
+        projection = torch.randn(backbone.num_features, args.projected, generator=own).to(args.device)  # W (d, M)
+        ridge = LowRankRidge(args.projected)
         test_h = []
 
-        for t, session in enumerate(sessions):
+        for t, session, train, test in run.stream(fold):
             # ---- session t arrives (session 1 is t = 0) ----
-            train, test = run.parts(fold, t)  # indices into the session's samples
-            new = rows.add_session(data.TABLE1[session.name])  # slice of the new rows among all R
-            x = images[t][train]  # (N, 3, S, S) uint8; N is now the session's training samples
-            y = torch.from_numpy(rows.targets(session.emotions)[train]).to(args.device)  # (N,) the row of each sample
+            new = rows.add_session(session.emotions)
+            x = session.images[train]  # (N, 3, S, S)
+            y = torch.from_numpy(rows.targets(session.labels[train])).to(args.device)  # (N,)
 
-            # ---- grow ----
-            if t == 0:  # from then on Q gets a column per new row, inside ridge.update
-                own = torch.Generator().manual_seed(args.seed * 1000 + fold)  # W is the same whatever training draws
-                projection = torch.randn(backbone.num_features, args.projected, generator=own).to(args.device)  # (d, M)
-                ridge = LowRankRidge(args.projected)
-                head = nn.Linear(backbone.num_features, new.stop, device=args.device)  # temporary
+            # ---- grow: Q gets a column per new row, inside ridge.update ----
 
-            # ---- train ----
-            # Phase 1: the backbone, in session 1 only.
-            if t == 0 and args.features == "adapted":
+            # ---- train: phase 1, in session 1 only ----
+            if t == 0:
+                head = nn.Linear(backbone.num_features, new.stop).to(args.device)  # temporary
+                batches = common.batches(len(x), args.batch, args.epochs_first, args.device)
                 trained = [*backbone.parameters(), *head.parameters()]
                 optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay, fused=True)
-                steps = args.epochs_first * common.steps_per_epoch(len(x), args.batch)
-                schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+                schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
                 backbone.train()
-                for epoch in range(args.epochs_first):
-                    for batch in common.batches(len(x), args.batch, args.device):  # shuffled indices (B,)
-                        with common.autocast(args):  # bfloat16, on CUDA only
-                            logits = head(backbone(common.normalize(x[batch], args)))  # (B, R)
-                        loss = F.cross_entropy(logits.float(), y[batch])
-                        optimizer.zero_grad()
-                        loss.backward()
-                        optimizer.step()
-                        schedule.step()
-                    common.check_finite(loss, fold, session.name, epoch)  # stops a run that has diverged
+                for batch in batches:
+                    with common.autocast(args):
+                        logits = head(backbone(x[batch]))  # (B, R)
+                    loss = F.cross_entropy(logits.float(), y[batch])
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    schedule.step()
                 backbone.eval()
 
-            # Phase 2, in every session: add its samples to the sums and solve.
-            # extract: in batches, from uint8, in float32, without gradients.
-            h = F.relu(common.extract(backbone, x, args) @ projection)  # (N, M)
+            # ---- add up: phase 2, in every session ----
+            h = F.relu(common.extract(backbone, x) @ projection)  # (N, M)
             one_hot = F.one_hot(y, new.stop)  # (N, R)
             lam = choose_lambda(h, one_hot)
             ridge.update(h, one_hot)
             weights = ridge.weights(lam)  # (M, R) float64
 
             # ---- test on the fold-i parts of all sessions so far ----
-            # The network is frozen, so the features of earlier test parts are kept.
-            test_h.append(F.relu(common.extract(backbone, images[t][test], args) @ projection))  # (m, M)
+            test_h.append(F.relu(common.extract(backbone, session.images[test]) @ projection))  # the earlier h are kept
             scores = to_float64(torch.cat(test_h)) @ weights  # (n, R)
-            # Merges the rows, prints the line; after the last session writes the fold's file.
-            run.record(fold, t, rows, scores.cpu())
-    run.summary()  # of all finished folds of this run
+            run.record(fold, t, rows, scores)
+    run.summary()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The Remappable Classification Head (RCH): the idea of the benchmark paper (arXiv 2501.19111, section 4, eq. 3 and 4).
+"""The Remappable Classification Head (RCH): the idea of the benchmark paper (arXiv 2501.19111, section 3.4, eq. 3, 4).
 
 Datasets share emotions: "happiness" comes in all four sessions, each time in another domain. RCH gives every session
 its own ROWS, one per (session, emotion) pair, redundant on purpose: 5 + 5 + 6 + 7 = 23 rows for 9 emotions. (A row of
@@ -18,8 +18,8 @@ whatever is added to every row counts four times against once. Two things shift 
     a constant   Cross-entropy fixes only differences: add 7 to all scores of a sample and the loss is the same, but one
                  emotion gets 28 and another 7. A loss within a session's rows (Finetune, L2P, DualPrompt) leaves one
                  such constant free per session. Nothing pushes it; how far it drifts is left to the training.
-    a push       A loss over all rows (DER, FOSTER) tells old rows only "not this one", for they get no sample any more.
-                 It drives them down, all of them, and the emotions with the most old rows lose the most.
+    a push       A loss over all rows (DER, FOSTER) says to old rows only "not this one", for they get no sample any
+                 more. It drives them down, all of them, and the emotions with the most old rows lose the most.
 
 RanPAC's rows are regressions onto 0 and 1. Nothing is free there, and the sum is exact: it is the classifier that one
 gets by merging the labels before training (see ranpac.py). For the others compare

@@ -1,0 +1,81 @@
+"""Joint: the upper bound. Keep all data, and train anew on everything in each session.
+
+It breaks the rule that old data is gone, to show what the rule costs. In session t the network starts again from the
+pretrained weights and is trained for epochs-first epochs on the training parts of sessions 1 to t together, with ONE
+row per emotion. (Going on from the last session's weights, with rows for old samples, would be no upper bound.)
+
+It differs from finetune.py in three things at once: all data, a new start with more epochs, one row per emotion. For
+the last alone see controls/norch.py.
+
+Run:   python -m controls.joint --backbone vit --protocol ilcv       (with differences 1 to 4 of finetune.py)
+"""
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import common
+import data
+import protocols
+import rch
+
+SETTINGS = {  # name: (paper preset, tiny preset); each is a flag
+    "epochs_first": (60, 10),  # in every session
+    "batch": (16, 32),
+    "lr": (2e-5, 5e-4),
+    "weight_decay": (0.05, 0.05),
+}
+
+
+def main():
+    args = common.parse(__doc__, SETTINGS)
+    pretrained = common.make_backbone(args)  # images (B, 3, S, S) -> features (B, d)
+    sessions = data.load_sessions(args, pretrained)
+    run = protocols.Run(args, sessions, merges=("sum",))  # one row per emotion: there is nothing to merge
+
+    for fold in run.folds:
+        # ---- a trial begins: fold i of every session ----
+        torch.manual_seed(args.seed * 1000 + fold)
+        rows = rch.RCH()
+        x, y = (torch.empty(0, device=args.device) for _ in range(2))
+        test_images = []
+
+        for t, session, train, test in run.stream(fold):
+            # ---- session t arrives (session 1 is t = 0) ----
+            rows.add_session([emotion for emotion in session.emotions if emotion not in rows.emotions])
+            x = torch.cat([x, session.images[train]]) if t else session.images[train]  # (N of all sessions, 3, S, S)
+            labels = torch.from_numpy(rows.targets(session.labels[train])).to(args.device)
+            y = torch.cat([y, labels]) if t else labels  # (N of all sessions,)
+            test_images.append(session.images[test])
+
+            # ---- grow: start over ----
+            backbone = copy.deepcopy(pretrained)
+            head = nn.Linear(backbone.num_features, len(rows.emotions)).to(args.device)
+
+            # ---- train ----
+            batches = common.batches(len(x), args.batch, args.epochs_first, args.device)
+            trained = [*backbone.parameters(), *head.parameters()]
+            optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay, fused=True)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
+            backbone.train()
+            for batch in batches:
+                with common.autocast(args):
+                    logits = head(backbone(x[batch]))  # (B, E)
+                loss = F.cross_entropy(logits.float(), y[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+
+            # ---- test on the fold-i parts of all sessions so far ----
+            backbone.eval()
+            with torch.no_grad():
+                scores = head(common.extract(backbone, torch.cat(test_images)))  # (n, E)
+            run.record(fold, t, rows, scores)
+    run.summary()
+
+
+if __name__ == "__main__":
+    common.launch(main)

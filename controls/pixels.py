@@ -1,0 +1,66 @@
+"""Pixels: RanPAC without a network. Its ridge on 12 x 12 pixels of the images at 48 x 48.
+
+What a network is held against: on flow images a few pixels already tell much. It trains nothing and loads no weights;
+it borrows the ridge from ranpac.py, where everything about it is told.
+
+Run:   python -m controls.pixels --protocol ilcv
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import common
+import data
+import protocols
+import rch
+from ranpac import LowRankRidge, choose_lambda, to_float64
+
+SETTINGS = {"projected": (10_000, 10_000)}  # name: (paper preset, tiny preset); M
+
+
+class Pixels(nn.Module):
+    """Images (B, 3, S, S) -> 12 x 12 area-averaged pixels (B, 432), in place of a backbone."""
+
+    image_size, mean, std, num_features = common.TINY_SIZE, (0.5,) * 3, (0.5,) * 3, 3 * 12 * 12
+
+    def forward(self, x):
+        return F.adaptive_avg_pool2d(x, 12).flatten(1)
+
+
+def main():
+    args = common.parse(__doc__, SETTINGS)
+    args.backbone = "none"
+    pixels = Pixels()
+    sessions = data.load_sessions(args, pixels)
+    run = protocols.Run(args, sessions, merges=("sum",))
+
+    for fold in run.folds:
+        # ---- a trial begins: fold i of every session ----
+        torch.manual_seed(args.seed * 1000 + fold)
+        rows = rch.RCH()
+        own = torch.Generator().manual_seed(args.seed * 1000 + fold)  # as in ranpac.py
+        projection = torch.randn(pixels.num_features, args.projected, generator=own).to(args.device)  # W (d, M)
+        ridge = LowRankRidge(args.projected)
+        test_h = []
+
+        for t, session, train, test in run.stream(fold):
+            # ---- session t arrives (session 1 is t = 0) ----
+            new = rows.add_session(session.emotions)
+            y = torch.from_numpy(rows.targets(session.labels[train])).to(args.device)  # (N,)
+
+            # ---- add up ----
+            h = F.relu(common.extract(pixels, session.images[train]) @ projection)  # (N, M)
+            one_hot = F.one_hot(y, new.stop)  # (N, R)
+            lam = choose_lambda(h, one_hot)
+            ridge.update(h, one_hot)
+
+            # ---- test on the fold-i parts of all sessions so far ----
+            test_h.append(F.relu(common.extract(pixels, session.images[test]) @ projection))  # the earlier h are kept
+            scores = to_float64(torch.cat(test_h)) @ ridge.weights(lam)  # (n, R)
+            run.record(fold, t, rows, scores)
+    run.summary()
+
+
+if __name__ == "__main__":
+    common.launch(main)

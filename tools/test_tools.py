@@ -1,0 +1,751 @@
+"""The tests of tools/ and of tiny/pretrain.py: prepare, report, view, tables, pretrain, and what docs/ says."""
+
+import contextlib
+import csv
+import functools
+import importlib
+import io
+import json
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import openpyxl
+import pytest
+import torch
+from openpyxl.styles import Font
+from PIL import Image
+
+import common
+import data
+import protocols
+from tiny import pretrain
+from tools import prepare, report, tables, view
+
+HERE = Path(__file__).resolve().parent.parent
+
+# ---- prepare: raw trees in every layout, naming and oddity of the official downloads ---------------------------------
+# A frame is texture, 200 x 160 pixels. From onset to apex all of it moves in one direction, and most around BUMP. Each
+# row has its own direction: an image's hue tells whether it was made of the right frames, and its brightest place how
+# they were cropped. What must not be used moves the other way.
+BUMP, NOSE, SIDE = (125, 65), {1: (150, 85), 0: (100, 85)}, 90  # landmarks: nose of odd and even subjects; crop's side
+# fmt: off
+HEADERS = {
+    "casme2": "Subject|Filename||OnsetFrame|ApexFrame|OffsetFrame||Action Units|Estimated Emotion",
+    "samm": "Subject|Filename|Inducement Code|Onset Frame|Apex Frame|Offset Frame|Duration|Micro|Estimated Emotion",
+    "mmew": "Subject|Filename|OnsetFrame|ApexFrame|OffsetFrame|Action Units|Estimated Emotion|remarks",
+    "casme3": "Subject|Filename|Onset|Apex|Offset|AU|Objective class|emotion",
+    "dfme": "Subject|Filename|OnsetFrame|ApexFrame|OffsetFrame|Emotion|EmotionId|Fps|AU"}
+SHEETS = {"casme2": "CASME II/CASME2-coding-20140508.xlsx", "samm": "SAMM/SAMM_Micro_FACS_Codes_v2.xlsx",
+          "mmew": "mmew/MMEW_Micro_Exp (20).xlsx", "dfme": "dfme/full_release_annotation/training_full_with_AU.xlsx",
+          "casme3": "CAS(ME)^3/annotation/partA/cas(me)3_part_A_ME_label_JpgIndex_v2.xlsx"}
+MMEW, CLIPS = "Micro_and_Macro_Expression_Warehouse/MMEW_Final/", "Part_A_ME_clip/Part_A_ME_clip/"
+MACRO, MAE = MMEW + "Macro_Expression/{e}/{c}/{n}.jpg", "Part_A_MaE_clip/frame/spNo.{s}_{c}_{o}/{n}.jpg"
+COLOR = "part_A/data/part1/spNO.{s}/{c}/color/{n}.jpg"
+FRAMES = {  # of subject s, clip c, emotion e, onset o, frame n: the right ones, then decoys
+    "casme2": ["CASME2_RAW_selected/CASME2_RAW_selected/sub{s:02d}/{c}/img{n}.jpg"],
+    "samm": ["SAMM/{s:03d}/{c}/{s:03d}_{n:05d}.jpg"],
+    "mmew": [MMEW + "Micro_Expression/{e}/{c}/{n}.jpg", MACRO],
+    "casme3": [CLIPS + "frame/spNo.{s}_{c}_{o}/{n}.jpg", CLIPS + "depth/spNo.{s}_{c}_{o}/{n}.png", MAE,
+               COLOR.replace("color", "depth"), "part_C/data/spNO.{s}/{c}/color/{n}.jpg"],
+    "dfme": ["train_data/train_data/{c}/{n:05d}.png"]}
+MARKS = {  # landmark files: the right one, then decoys
+    "casme2": ["sub{s:02d}/{c}.npy"], "samm": ["{s:03d}/{c}.npy"], "dfme": ["{c}.npy"],
+    "mmew": ["{e}/{c}/{c}.npy", "Macro_Expression/{e}/{c}/{c}.npy", "{e}/macro/{c}.npy"],
+    "casme3": ["spNO.{s}/{c}/color/color.npy", "part_C/spNO.{s}/{c}/color/color.npy"]}
+LABEL, NUMBER, NAME = "emotion outside Table 1", "onset, apex or offset is not a number", "no subject or no file name"
+TWICE, ORDER, FOLDER = "same clip as another row", "apex outside onset..offset", "no clip folder"
+ROWS = {  # subject, clip, onset, apex, offset, label, image or reason; frames, if not as above, None if there are none
+    "casme2": [
+        ("01", "EP02_01f", 46, 59, 86, "happiness", "happiness/sub01"),
+        ("01", "EP03_02", "131.0", 161, 170, "disgust", "disgust/sub01", "CASME2-RAW/Sub01/ep03_02/img{n}.JPG"),
+        ("02", "EP03_02", 10, 14, 20, "others", "others/sub02", "CASME2_RAW/CASME2-RAW/sub02/{c}/img{n}.jpeg"),
+        (3, "EP06_02_01", 99.0, 101, 110, "repression", "repression/sub03", "sub03/{c}/{n:05d}.bmp"), (None,) * 8,
+        ("26", "EP01_2", "7", " 9 ", "12", " Surprise ", "surprise/sub26"), ("24", "EP1", 1, 2, 3, "sadness", LABEL),
+        ("09", "EP02_02f", 1, 2, 3, "fear", LABEL), ("23", "EP01_09", 4, 9, 10, None, LABEL),
+        ("04", "EP12_01f", 1, "/", 3, "disgust", NUMBER, None), ("05", "EP03_07", 5, 9, None, "others", NUMBER),
+        ("05", "EP09_05f", 69, 69, 80, "disgust", "onset = apex"), ("05", "EP03_01", 5, 9, 0, "others", "offset is 0"),
+        ("01", "EP02_01f", 47, 59, 86, "disgust", TWICE, None), ("22", None, 4, 9, 10, "others", NAME, None),
+        ("?", "EP01_01", 4, 9, 10, "others", NAME, None), ("18", "EP08_01", 4, 9, 10, "others", FOLDER, None),
+        ("17", "EP05_02", 4, 9, 10, "others", "apex frame missing"),
+        ("17", "EP05_03", 4, 9, 10, "others", "onset frame cannot be decoded"),
+        ("17", "EP05_04", 4, 9, 10, "others", "apex frame cannot be decoded"),
+        ("20", "EP01_03", 4, 9, 10, "others", "onset and apex frame are the same"),
+        ("20", "EP15_03f", 4, 9, 10, "others", "onset and apex frame differ in size"),
+        ("21", "EP05_05", 4, 9, 10, "others", "onset frame found twice")],
+    "samm": [
+        ("006", "006_1_2", 5562, 5567, 5580, "Anger", "anger/sub006"), ("036", "036_1_2", 5, 6, 7, "Fear", LABEL),
+        ("013", "013_1_8", 562, 570, 580, "Other", "others/sub013", "SAMM/013/013_1_8/013_{n:04d}.jpg"),
+        ("011", "011_4_2", 4, 10, 20, "Contempt", "contempt/sub011"), ("024", "024_1_1", 5, 6, 7, "Disgust", LABEL),
+        ("032", "032_3_2", 5126, 5127, 5180, "Surprise", "surprise/sub032"),
+        ("028", "028_4_1", 1100, 1143, 1134, "Happiness", ORDER), ("032", "032_3_1", 4919, 1930, 4976, "Anger", ORDER)],
+    "mmew": [  # the second one's folder is stale
+        (3, "S03-01-002", 1, 5, 9, "happiness", "happiness/sub03"), (1, "S01-07-001", 1, 5, 9, "anger", LABEL),
+        (4, "S04-02-001", 2, 8, 9, "surprise", "surprise/sub04", MMEW + "Micro_Expression/disgust/{c}/{n}.jpg"),
+        ("S13", "S13-04-001", 1, 10, 19, "repression", "others/sub13", MMEW + "S13/{e}/{c}/{n}.jpg"),
+        (30, "S30-06-001", 1, 3, 9, "sadness", "sad/sub30", MMEW + "S30/{e}/{c}/{n}.jpg"),
+        (5, "S05-04-001", 1, 5, 9, "others", FOLDER, MACRO)],
+    "casme3": [
+        ("spNO.1", "a", "355", "360", "370", "happy", "happiness/sub001"),
+        ("spNO.1", "a", "400", "405", "410", "sad", "sad/sub001"), ("spNO.4", "e", "1", "2", "0", "sad", "offset is 0"),
+        ("spNO.12", "J", "5", "9", "20", "Others", "others/sub012", COLOR),
+        ("spNO.12", "J", "50", "59", "70", "anger", "anger/sub012", COLOR),
+        ("spNO.12", "J", "500", "505", "510", "fear", "fear/sub012"),
+        ("spNO.12", "J", "80", "85", "99", "disgust", "onset frame missing", None),
+        ("spNO.1", "a", "355", "361", "370", "happy", TWICE, None),
+        ("spNO.1", "a", "900", "905", "910", "sad", FOLDER, MAE), ("spNO.149", "d", "112", "83", "358", "sad", ORDER),
+        ("spNO.216", "d", "3647", "2668", "2694", "sad", ORDER), ("spNO.2", "e", "0", "0", "5", "sad", "onset = apex")],
+    "dfme": [
+        ("sub0003", "sub0003_01", 46, 60, 90, "happiness", "happiness/sub0003"),
+        ("sub0003", "sub0003_02", 0, 5, 9, "sadness", "sad/sub0003", "train_data/{c}/{n:05d}.PNG"),
+        ("sub0650", "sub0650_11", 3, 5, 9, "contempt", "contempt/sub0650", "USTC_partB/micro/fear/{c}/{n:05d}.png"),
+        ("sub0650", "sub0650_12", 3, 5, 9, "fear", "fear/sub0650")]}
+UNUSABLE = "landmarks cannot be used"
+BAD_MARKS = {  # clip: what its landmark file holds instead, None being no file; the reason; a part of the detail
+    "006_1_2": (None, "no landmarks", ""), "013_1_8": (np.zeros((5, 2)), UNUSABLE, "(5, 2)"),
+    "032_3_2": (np.full((68, 2), 500.0), UNUSABLE, "outside"), "sub0003_01": (np.array(["a"]), UNUSABLE, ""),
+    "sub0003_02": (b"PK\x03\x04 an archive, cut off", UNUSABLE, "")}
+# fmt: on
+
+
+def number(text):
+    """A subject or a frame of the sheet as a number, where it is one."""
+    digits = re.search(r"\d+", str(text))
+    return int(digits.group()) if digits else text
+
+
+LINES = [(session, *row) for session, rows in ROWS.items() for row in rows]
+EXPECTED = {f"{r[0]}_{r[7]}_{r[2]}_onset{number(r[3])}_apex{number(r[4])}.png": r for r in LINES if "/" in str(r[7])}
+DROPPED = [(r[0], str(number(r[1])), r[2] or "", r[7]) for r in LINES if "/" not in (r[7] or "/")]
+ANGLES = {row: 37 * i for i, row in enumerate(LINES)}
+TINY, PLACE = next(iter(EXPECTED)), (125 / 200, 65 / 160)
+TEXTURE = np.clip(128 + 400 * (cv2.GaussianBlur(np.random.RandomState(0).rand(160, 200), (0, 0), 2) - 0.5), 0, 255)
+
+
+@functools.cache
+def moved(angle):
+    """The frame after a motion of 1 pixel towards `angle`, of 4 pixels at BUMP."""
+    y, x = np.mgrid[:160, :200]
+    size = 1 + 3 * np.exp(-((x - BUMP[0]) ** 2 + (y - BUMP[1]) ** 2) / (2 * 12**2))
+    x, y = x - size * np.cos(np.radians(angle)), y - size * np.sin(np.radians(angle))
+    return cv2.remap(TEXTURE, np.float32(x), np.float32(y), cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT)
+
+
+def save(path, content):
+    """Write bytes, an image or an array of landmarks; None is no file."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if isinstance(content, bytes):
+        Path(path).write_bytes(content)
+    elif path.endswith(".npy") and content is not None:
+        np.save(path, content)
+    elif content is not None:
+        Image.fromarray(content.clip(0, 255).astype(np.uint8)).save(path, quality=95)
+
+
+def clip(pattern, onset, apex, angle, **names):
+    """Frames onset, apex and the one after it, and beside them what is no frame."""
+    for n, image in ((onset, TEXTURE), (apex, moved(angle)), (apex + 1, moved(angle + 180))):
+        folder, name = os.path.split(pattern.format(n=n, **names))
+        save(f"{folder}/{name}", moved(angle + 180))
+        for no_frame in (f"._{name}", f"{name}.{n}.part"):  # of macOS; of a program that was killed
+            shutil.copy(f"{folder}/{name}", f"{folder}/{no_frame}")
+        save(f"{folder}/{name}", image)
+
+
+def book(path, rows, notes=0):
+    """Write a session's sheet for some of LINES, and two more worksheets that are large and empty."""
+    workbook, header = openpyxl.Workbook(), HEADERS[rows[0][0]].split("|")
+    words = [re.sub("^estimated|frame$", "", word.lower().replace(" ", "")) for word in header]
+    for line in [[f"note {i}: see Subject"] for i in range(notes)] + [header]:
+        workbook.active.append(line)
+    for _, *row in rows:
+        cells = dict(zip(("subject", "filename", "onset", "apex", "offset", "emotion"), row))
+        workbook.active.append([cells.get(word, "=SUM(F2-D2)+1" if row[0] else None) for word in words])
+    for name in ("Sheet2", "Sheet3"):
+        workbook.create_sheet(name).cell(434, 17).font = Font(bold=True)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    workbook.save(path)
+
+
+def landmarks(x, y, side):
+    """68 points (x, y) around the tip of the nose, for which the crop is a square of the given side."""
+    points = np.full((68, 2), (x, y), float)
+    points[[8, 19], 1] = y + side / 3, y - side / 3
+    return points
+
+
+def make_tree(raw, marks):
+    """All five datasets as they were downloaded, and landmarks for them."""
+    homes = {session: f"{raw}/{sheet.split('/')[0]}" for session, sheet in SHEETS.items()}
+    for row, angle in ANGLES.items():
+        session, subject, name, onset, apex, _, label, gives, *frames = row
+        names, (right, *decoys) = {"s": number(subject), "c": name, "e": label, "o": onset}, FRAMES[session]
+        if frames != [None]:
+            clip(f"{homes[session]}/{(frames or [right])[0]}", number(onset), number(apex), angle, **names)
+        if row in EXPECTED.values():
+            for decoy in (f"__MACOSX/{right}", *decoys):
+                clip(f"{homes[session]}/{decoy}", number(onset), number(apex), angle + 180, **names)
+            good = BAD_MARKS.get(name, [landmarks(*NOSE[names["s"] % 2], SIDE)])[0]
+            for pattern, points in zip(MARKS[session], (good, landmarks(60, 80, 60), landmarks(60, 80, 60))):
+                save(f"{marks}/{session}/{pattern.format(**names)}", points)
+    for session, sheet in SHEETS.items():
+        book(f"{raw}/{sheet}", [row for row in LINES if row[0] == session], notes=13 * (session == "samm"))
+        for other in ("~$" + os.path.basename(sheet), "part_A_ME_label_JpgIndex_v2.xls", "testA_full_with_AU.xlsx"):
+            save(f"{os.path.dirname(f'{raw}/{sheet}')}/{other}", b"not to be read")
+    sub = f"{homes['casme2']}/CASME2_RAW_selected/CASME2_RAW_selected/sub"
+    os.remove(f"{sub}17/EP05_02/img9.jpg")
+    save(f"{sub}17/EP05_03/img4.jpg", b"")
+    os.truncate(f"{sub}17/EP05_04/img9.jpg", 1500)
+    save(f"{sub}20/EP01_03/img9.jpg", TEXTURE)
+    save(f"{sub}20/EP15_03f/img9.jpg", TEXTURE[:90])
+    save(f"{sub}21/EP05_05/img004.png", TEXTURE)
+
+
+def tiny(root, sheet="CASME2-coding-20140508.xlsx"):
+    """The least raw tree: CASME II with one row. Returns the words of a command that makes TINY in root/out."""
+    book(f"{root}/raw/casme2/{sheet}", LINES[:1])
+    clip(f"{root}/raw/casme2/Cropped-updated/Cropped/sub01/EP02_01f/reg_img{{n}}.jpg", 46, 59, 60)
+    return ["--raw", f"{root}/raw", "--out", f"{root}/out", "--size", 64, "--sessions", "casme2"]
+
+
+def prepare_here(*words):
+    """prepare.main() in this process: what it printed, or the one line "error: ..." that it ended with."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setattr(sys, "argv", ["prepare.py", *map(str, words)])
+        try:
+            common.launch(prepare.main)
+        except SystemExit as stop:
+            return str(stop.code or out.getvalue())
+    return out.getvalue()
+
+
+def refused(words, *parts):
+    """A user's mistake: one line that has all of the parts."""
+    line = prepare_here(*words)
+    assert re.fullmatch("error: .*", line) and all(str(part) in line for part in parts), (parts, line)
+
+
+def images(out):
+    """{path below OUT: time of writing} of the images there; each is read to its end."""
+    paths = list(Path(out).glob("*/*.png"))
+    assert all(Image.open(path).size == (64, 64) and Image.open(path).load() for path in paths)
+    return {path.relative_to(out).as_posix(): path.stat().st_mtime_ns for path in paths}
+
+
+def shows(path, angle, place=PLACE, tolerance=0.06):
+    """Whether an image shows motion in the direction `angle`, most of it at `place` (x, y), from 0 to 1."""
+    hue, _, value = np.asarray(Image.open(path).convert("HSV"), np.float32).transpose(2, 0, 1)
+    mean = np.degrees(np.angle((value**2 * np.exp(2j * np.pi * hue / 255)).sum()))
+    value = cv2.GaussianBlur(value, (0, 0), len(value) / 16)[5:-5, 5:-5]
+    found = (np.array(np.unravel_index(value.argmax(), value.shape))[::-1] + 5.5) / (len(value) + 10)
+    return abs((mean - angle + 180) % 360 - 180) < 4 and abs(found - place).max() < tolerance
+
+
+def reasons(out):
+    """[(dataset, subject, clip, reason)] of report.csv, and {clip: (row, detail)}."""
+    with open(f"{out}/report.csv", encoding="utf-8", newline="") as text:
+        rows = list(csv.DictReader(text))
+    columns = [tuple(row[name] for name in ("dataset", "subject", "clip", "reason")) for row in rows]
+    return columns, {row["clip"]: (row["row"], row["detail"]) for row in rows}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """All five datasets, prepared by one command: the folder, the command's words, what it printed."""
+    root = tmp_path_factory.mktemp("prepare")
+    make_tree(f"{root}/raw", f"{root}/marks")
+    words = ["--raw", f"{root}/raw", "--out", f"{root}/out", "--size", 64, "--sessions", *HEADERS]
+    return root, words, prepare_here(*words)
+
+
+# ---- prepare: what is written, what is left out ----------------------------------------------------------------------
+def test_every_usable_row_gives_an_image_of_its_own_frames_and_every_other_a_reason(prepared):
+    root, _, screen = prepared
+    assert set(images(f"{root}/out")) == set(EXPECTED), screen
+    assert [path for path, row in EXPECTED.items() if not shows(f"{root}/out/{path}", ANGLES[row])] == []
+    sessions = {session.name: session for session in data.load(f"{root}/out", list(HEADERS), 32)}
+    assert sorted(key for one in sessions.values() for key in one.keys) == sorted(EXPECTED)
+    assert sessions["casme2"].subjects.tolist() == [1, 1, 2, 3, 26] and sessions["mmew"].labels[2] == "sad"
+    assert not any(".jpg" in path for path in prepare.explore("samm", f"{root}/raw/SAMM")[1])  # clips are not entered
+    rows, details = reasons(f"{root}/out")
+    assert rows == DROPPED and details["028_4_1"] == ("21", "") and details["EP02_01f"] == ("15", "row 2 is used")
+    assert re.fullmatch("frame 9 in .*sub17/EP05_02", details["EP05_02"][1])
+    assert "left out:     2 rows of samm: apex outside onset..offset\n" in screen
+    counts = {tuple(line[:2]): " ".join(line[2:]) for line in map(str.split, screen.splitlines()) if len(line) == 5}
+    for session, word, numbers in (  # rows in the sheet, in Table 1, usable; words as they are after normalising
+        ("casme2", "others", "12 12 1"), ("casme2", "(blank)", "1 0 0"), ("casme2", "sad", "1 0 0"),
+        ("casme2", "all", "22 19 5"), ("samm", "all", "8 6 4"), ("mmew", "repression", None), ("dfme", "fear", "1 1 1"),
+    ):  # fmt: skip
+        assert counts.get((session, word)) == numbers
+
+
+def test_second_run_makes_only_what_is_missing_and_with_other_settings_nothing(prepared):
+    root, words, screen = prepared
+    out, settings, samm = root / "out", root / "out" / "prepare.json", root / "raw" / "SAMM"
+    sheet, key = samm / "SAMM_Micro_FACS_Codes_v2.xlsx", "samm_anger/sub006_006_1_2_onset5562_apex5567.png"
+    before, rows, kept = images(out), reasons(out), settings.read_text()
+    assert "22 images are there already, 10 to make" in prepare_here(*words) and images(out) == before
+    os.rename(out / key, out / f"{key}.part")  # what a kill in the middle of writing left behind in the first edition
+    moves = [(sheet, samm / "sheets" / sheet.name), (samm / "SAMM" / "011", samm / "put away")]
+    for old, new in moves:  # the same sheet somewhere else; clips whose images are there
+        os.renames(old, new)
+    assert len(data.load(out, ["samm"], 32)[0].keys) == 3
+    assert "3 images are there already, 1 to make" in prepare_here(*words[:-5], "samm", "samm")
+    for old, new in moves:
+        os.renames(new, old)
+    assert (out / key).read_bytes() == (out / f"{key}.part").read_bytes()
+    assert [path for path, written in images(out).items() if before[path] != written] == [key]
+    assert sorted(reasons(out)[0]) == sorted(rows[0]) and reasons(out)[1] == rows[1]  # other sessions' rows have stayed
+    record = json.loads(settings.read_text())
+    assert list(record["sessions"]) == list(HEADERS) and record["versions"][0]["opencv"] == cv2.__version__
+    for session, sheet in SHEETS.items():
+        place = sheet.split("/", 1)[1]
+        assert record["sessions"][session]["sheet"].endswith(place) and f" rows in {place}, " in screen
+    for old, new, part in (('"size": 64', '"size": 32', "size 32, this is 64"), ('e": 15', 'e": 21', "farneback"),
+                           (kept, "[]", "prepare.json"), ("whole frame", "landmarks", "casme2 crop landmarks"),
+                           ('"raw"', '"cropped"', "frames"), ('sha256": "', 'sha256": "0', "sheet_sha")):  # fmt: skip
+        settings.write_text(kept.replace(old, new))
+        refused([*words, "--sessions", "casme2"], out, part, "another --out")
+    settings.write_text(kept)
+    for content in (str(rows).encode("utf-16"), b"dataset;subject\n"):  # saved by another program
+        (out / "report.csv").write_bytes(content)
+        (out / key).unlink(missing_ok=True)
+        refused(words, "report.csv", "delete it and run again")
+        assert not (out / key).exists()  # it ends before the work, not after it
+    os.remove(out / "report.csv")
+    prepare_here(*words)
+    assert images(out).keys() == before.keys() and reasons(out) == rows
+
+
+def test_landmarks_crop_both_frames_at_the_nose(prepared):
+    root, words, _ = prepared
+    words = [*words, "--out", f"{root}/cropped", "--landmarks", f"{root}/marks"]
+    prepare_here(*words)
+    usable = {path: row for path, row in EXPECTED.items() if row[2] not in BAD_MARKS}
+    assert set(images(f"{root}/cropped")) == set(usable)
+    for path, row in usable.items():
+        place = np.subtract(BUMP, NOSE[number(row[1]) % 2]) / SIDE + 0.5
+        assert shows(f"{root}/cropped/{path}", ANGLES[row], place, 0.12), path
+    rows, details = reasons(f"{root}/cropped")
+    for name, (_, reason, detail) in BAD_MARKS.items():
+        assert (name, reason) in [row[2:] for row in rows] and detail in details[name][1]
+    save(f"{root}/marks/samm/011/011_4_2.npy", landmarks(120, 60, 60))
+    refused(words, "samm landmarks_sha256", "another --out")
+    save(f"{root}/marks/mmew/S03-01-002.npy", landmarks(120, 60, 60))
+    refused([*words, "--out", f"{root}/new"], "two landmark files", "/mmew/S03-01-002.npy",
+            "/mmew/happiness/S03-01-002/S03-01-002.npy")  # fmt: skip
+    assert not os.path.exists(f"{root}/new")
+    shutil.rmtree(f"{root}/marks/mmew")  # a session without a folder keeps whole frames
+    screen = prepare_here(*words, "--sessions", "mmew", "dfme", "--out", f"{root}/whole")
+    assert "5 clip folders of raw frames, whole frame" in screen and "4 clip folders of raw frames, landmarks" in screen
+    assert shows(f"{root}/whole/mmew_happiness/sub03_S03-01-002_onset1_apex5.png", ANGLES[LINES[31]])
+
+
+def test_crop_box():
+    assert prepare.crop_box(landmarks(110, 50, 60), 200, 160) == (80, 20, 140, 80)  # (x, y), not swapped
+    assert prepare.crop_box(landmarks(20, 150, 60), 200, 160) == (0, 120, 50, 160)  # cut off at the edges
+    points = landmarks(100, 80, 60)
+    points[[8, 19, 57], 1] = 150, 40, 120  # chin, brow, lower lip: side 110 + 30
+    assert prepare.crop_box(points, 200, 160) == (30, 10, 170, 150)
+    nan = landmarks(100, 80, 60)
+    nan[0, 0] = np.nan
+    for wrong in (landmarks(320, 90, 60), landmarks(100, 80, -60), np.zeros((68, 3)), nan):
+        with pytest.raises(ValueError):
+            prepare.crop_box(wrong, 200, 160)
+
+
+def test_cropped_frames_are_preferred_without_landmarks_and_raw_frames_with(tmp_path):
+    words, raw = tiny(tmp_path), f"{tmp_path}/raw/casme2"
+    clip(f"{raw}/CASME2-RAW/sub01/EP02_01f/img{{n}}.jpg", 46, 59, 240)
+    clip(f"{tmp_path}/elsewhere/Cropped/sub01/EP02_01f/reg_img{{n}}.jpg", 46, 59, 90)
+    os.symlink(tmp_path / "elsewhere", f"{raw}/a")
+    save(f"{tmp_path}/marks/casme2/sub01/EP02_01f.npy", landmarks(*BUMP, 90))
+    screen = prepare_here(*words)
+    assert "1 clip folders of cropped frames (the raw ones are not used) (1 clips are in several folders" in screen
+    assert shows(f"{tmp_path}/out/{TINY}", 60)  # of Cropped-updated, before a in order
+    screen = prepare_here(*words[:2], *words[6:], "--out", f"{tmp_path}/raw frames", "--landmarks", f"{tmp_path}/marks")
+    assert "1 clip folders of raw frames (the cropped ones are not used), landmarks" in screen
+    assert shows(f"{tmp_path}/raw frames/{TINY}", 240, (0.5, 0.5), 0.12)
+    assert Image.open(f"{tmp_path}/raw frames/{TINY}").size == (256, 256)  # the default
+
+
+# ---- prepare: annotation sheets --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("session, right, names", [  # right: the path, or parts of the error
+    ("casme2", "copy/CASME2-coding-20140508.xlsx", ["CASME2-coding-20140508.csv"]),  # the .xlsx is the original
+    ("casme2", "CASME2-coding-20140508.csv", ["CASME2-coding-20190701.xlsx"]),
+    ("casme3", "cas(me)3_part_A_ME_label_JpgIndex_v1.xlsx", ["cas(me)3_part_A_MaE_label_JpgIndex_v2.xlsx"]),
+    ("mmew", "MMEW_Micro_Exp.csv", ["MMEW_Micro_Exp_new.xlsx"]),
+    ("dfme", "coding.xlsx", ["test_coding.txt", "testA_full_with_AU.xlsx"]),
+    ("casme2", ("no annotation sheet CASME2-coding-20140508.xlsx or .csv", "save an .xls as .xlsx", "no table at all",
+                "CASME II is requested at http://casme.psych.ac.cn/casme/e2"), []),
+    ("casme2", ("no annotation", "found CASME2-ObjectiveClasses.xlsx;"), ["CASME2-ObjectiveClasses.xlsx"]),
+    ("casme2", ("no annotation", "found CASME2-coding-20140508.xls;"), ["CASME2-coding-20140508.xls"]),
+    ("mmew", "a/MMEW_Micro_Exp.xlsx", ["b/MMEW_Micro_Exp.xlsx"]),  # the same bytes
+    ("mmew", ("several sheets", "MMEW_Micro_Exp (1)", "(2)"), ["MMEW_Micro_Exp (1).xlsx", "MMEW_Micro_Exp (2).xlsx"]),
+])  # fmt: skip
+def test_the_right_one_of_several_sheets(tmp_path, session, right, names):
+    paths = sorted(f"{tmp_path}/{name}" for name in [*names, *[right] * isinstance(right, str)])
+    for path in paths:
+        save(path, os.path.basename(path).encode())
+    try:
+        assert prepare.find_sheet(session, "RAW", paths) == f"{tmp_path}/{right}"
+    except SystemExit as stop:
+        assert isinstance(right, tuple) and all(part in stop.code for part in ("error: RAW", *right))
+
+
+def test_sheets_as_csv_and_wrong_ones(tmp_path):
+    book(f"{tmp_path}/sheet.xlsx", LINES[:5])
+    rows = prepare.read_sheet("casme2", f"{tmp_path}/sheet.xlsx")
+    lines = list(openpyxl.load_workbook(f"{tmp_path}/sheet.xlsx").worksheets[0].values)
+    for delimiter in ",;\t":
+        with open(f"{tmp_path}/sheet.csv", "w", newline="", encoding="utf-8-sig") as out:
+            csv.writer(out, delimiter=delimiter).writerows([*line, "Emotion"] for line in lines)  # the first counts
+            out.write("\r\n")  # an empty line
+        assert prepare.read_sheet("casme2", f"{tmp_path}/sheet.csv") == rows and len(rows) == 4
+    for name, content, *parts in (
+        ("sheet.csv", b"", "no cell Subject"), ("sheet.csv", b"a;b\n1;2", "no cell Subject", "needed: Subject"),
+        ("sheet.csv", b"Subject;Filename;Emotion\n1;2;3", "only the columns Subject, Filename, Emotion", "casme/e2"),
+        ("sheet.xlsx", b"<html>Sign in</html>", "not a readable .xlsx file", "zip"),
+    ):  # fmt: skip
+        save(f"{tmp_path}/{name}", content)
+        with pytest.raises(SystemExit) as stop:
+            prepare.read_sheet("casme2", f"{tmp_path}/{name}")
+        assert all(part in stop.value.code for part in (f"error: {tmp_path}/{name}", *parts))
+
+
+# ---- prepare: what users get wrong, and what machines do -------------------------------------------------------------
+def test_mistakes_end_with_one_line_and_nothing_written(tmp_path, monkeypatch):
+    words, raw, out = tiny(tmp_path), f"{tmp_path}/raw", f"{tmp_path}/out"
+    save(f"{tmp_path}/file", b"")
+    os.makedirs(tmp_path / "marks" / "casme2" / "sub01")
+    book(f"{tmp_path}/no clips/casme2/CASME2-coding.xlsx", LINES[:1])
+    for more, *parts in (
+        (["--raw", ""], "--raw", "no such folder"), (["--landmarks", ""], "--landmarks", "no such folder"),
+        (["--out", ""], "--out ''"), (["--size", 7], "--size 7", "8 to 1024"), (["--size", "big"], "--size", "big"),
+        (["--raw", f"{tmp_path}/nowhere"], f"{tmp_path}/nowhere", "--raw", "casme2"),
+        (["--raw", f"{tmp_path}/no clips"], "no clips/casme2", "no clip folders", "casme.psych.ac.cn/casme/e2"),
+        (["--raw", f"{raw}/casme2"], f"{raw}/casme2: no folder casme2", "found CASME2-coding", "casme.psych.ac.cn"),
+        (["--sessions", "casme2", "samm"], "no folder samm", "M.Yap/dataset.php", "--sessions"),
+        (["--sessions", "smic"], "--sessions", "smic"), (["--landmarks", tmp_path], "none of the folders casme2"),
+        (["--landmarks", f"{tmp_path}/marks"], "marks/casme2", "no landmark files"),
+        (["--out", f"{tmp_path}/file"], "/file", "File exists"), (["--out", raw], raw, "not a folder that prepare"),
+        (["--out", f"{tmp_path}/file/out"], "/file/out", "Not a directory"),
+    ):  # fmt: skip
+        refused([*words, *more], *parts)
+    for module, package in (("cv2", "opencv-python-headless"), ("openpyxl", "openpyxl")):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, None)
+            refused(words, f"pip install {package}")
+    assert not os.path.exists(out) and set(os.listdir(raw)) == {"casme2"}
+    save(f"{out}/prepare.json.77.part", b"{")  # killed at its first write
+    assert "0 images are there already, 1 to make" in prepare_here(*words) and list(images(out)) == [TINY]
+    os.remove(f"{out}/{TINY}")
+    os.makedirs(f"{out}/{TINY}.part/in the way")  # another run's names of parts are not ours
+    assert "0 images are there already, 1 to make" in prepare_here(*words) and list(images(out)) == [TINY]
+    screen = prepare_here("--help")
+    assert all(word in screen for word in ("sub01/EP02_01f/reg_img46.jpg", "spNo.1_a_355", "SAMM_Mic", "landmarks"))
+
+
+def test_interrupted_killed_and_two_at_once(prepared, tmp_path):
+    root, words, _ = prepared
+    slow = ("import os, runpy, signal, time; replace = os.replace\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background would ignore it\n"
+            "os.replace = lambda *paths: (time.sleep(0.05), replace(*paths))\n"
+            "runpy.run_module('tools.prepare', run_name='__main__')")  # fmt: skip
+
+    def start(*sessions):
+        line = [sys.executable, "-c", slow, *map(str, words[:-6]), "--out", str(tmp_path), "--sessions", *sessions]
+        return subprocess.Popen(line, cwd=HERE, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def count():
+        return len(list(tmp_path.glob("*/*.png")))
+
+    for sign, status, message in ((signal.SIGINT, 130, "interrupted; the images"), (signal.SIGKILL, -9, "")):
+        process, before = start(*HEADERS), count()
+        while count() < before + 2 and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(sign)
+        error = process.communicate()[1].strip()
+        assert process.returncode == status and error.startswith(message) and error.count("\n") == 0
+        assert before + 2 <= len(images(tmp_path)) < len(EXPECTED)
+    before = images(tmp_path)
+    for process in [start("casme2", "samm", "mmew", "casme3"), start("samm", "mmew", "casme3", "dfme")]:
+        assert process.communicate()[1] == "" and process.returncode == 0
+    after = images(tmp_path)
+    assert set(after) == set(EXPECTED) and before.items() <= after.items()
+    for path in after:
+        assert (tmp_path / path).read_bytes() == (root / "out" / path).read_bytes()
+    assert sorted(reasons(tmp_path)[0]) == sorted(DROPPED)
+    assert set(json.loads((tmp_path / "prepare.json").read_text())["sessions"]) == set(HEADERS)
+
+
+def test_runs_at_once_take_turns_and_leave_each_other_s_images(tmp_path, monkeypatch):
+    settings = {"size": 64, "farneback": {}, "versions": [], "sessions": {}}
+    for file, write in (("prepare.json", lambda: prepare.settle(tmp_path, settings)),
+                        ("report.csv", lambda: prepare.report(tmp_path, [], []))):  # fmt: skip
+        held, thread = prepare.lock(tmp_path), threading.Thread(target=write, daemon=True)
+        thread.start()
+        time.sleep(0.3)
+        early = (tmp_path / file).exists()
+        held.close()
+        thread.join(20)
+        assert not early and (tmp_path / file).exists()
+    save(f"{tmp_path}/image.png", b"of the other run")
+    assert prepare.make_image({"path": tmp_path / "image.png", "folder": None}, 64) == ("", "")
+    written = []
+    monkeypatch.setattr(protocols, "write", lambda path, _: written.append(path))  # whole or not at all
+    words = tiny(tmp_path / "other")
+    prepare_here(*words)
+    assert written == [f"{words[3]}/{name}" for name in ("prepare.json", TINY, "report.csv")]
+    assert not any(path.is_file() for path in Path(words[3]).glob("**/[!.]*"))
+
+
+# ---- report, view, tables, on run folders written by hand -----------------------------------------------------------
+# Two sessions of two rows, disgust anger | disgust fear, and two folds. Right after session 1: 1 of 2 and 1 of 1; after
+# session 2, of four each: by sum 2 and 3, by prob 3 and 3, by centered 1 and 3, by max 3 and 2.
+FINAL = [[3, 0, -1, 1.5], [1, 2, -4, -5], [2, -1, -4, 1], [2, 2.2, 1.9, 0]]
+FINAL += [[1, 0, -3, 0.5], [0, 0, 0, 1], [2, 0, -3, 1], [1, 0, 1, 1.4]]
+ROWS = dict(emotions=["disgust", "anger", "fear"], row_emotion=[0, 1, 0, 2], row_session=[0, 0, 1, 1])
+HAND = [dict(ROWS, labels=["disgust", "anger", "disgust", "fear"], session=[0, 0, 1, 1], scores_0=[[1.0, 0.0]] * 2,
+             scores_1=FINAL[:4], train_counts=[[5, 3, 0], [6, 3, 8]]),
+        dict(ROWS, labels=["disgust", "fear", "fear", "disgust"], session=[0, 1, 1, 1], scores_0=[[2.0, 1.0]],
+             scores_1=FINAL[4:], train_counts=[[2, 4, 0], [9, 4, 2]])]  # fmt: skip
+
+
+def write_run(folder, files=HAND, **changes):
+    """A run's folder as protocols.Run writes it."""
+    arguments = dict(method="der", backbone="vit", protocol="ilcv", preset="tiny", seed=0, changed={})
+    arguments |= {name: changes.pop(name) for name in list(changes) if name in arguments}
+    info = dict(arguments=arguments, merges=["sum", "prob"], synthetic=True, fold_count=2, images="i0", folds="f0",
+                counts={"casme2": {}, "samm": {}}, weights="vit.pt", code={"der.py": "0"}) | changes  # fmt: skip
+    os.makedirs(folder)
+    (folder / "run.json").write_text(json.dumps(info))
+    for i, arrays in enumerate(files):
+        arrays = dict(fold=i, identity=protocols._sha(info), threads=1, processor="AVX2") | arrays
+        arrays |= {"seconds": [0.0] * len(info["counts"])}
+        np.savez(folder / f"fold{i}.npz", **arrays, seal=protocols._seal(arrays))
+
+
+def rows_of(text):
+    """The rows of all Markdown tables, {first two cells: the others}."""
+    lines = [[cell.strip() for cell in line.strip("| \n").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    return {(line[0], line[1]): " ".join(line[2:]) for line in lines}
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    def run(tool, *words):  # what a command prints, and its notes with its one line of error
+        monkeypatch.setattr(sys, "argv", [tool.__name__, *map(str, words)])
+        try:
+            tool.main()
+        except SystemExit as stop:
+            print(stop.code, file=sys.stderr)
+        return capfd.readouterr()
+
+    return run
+
+
+def test_report_by_hand(tmp_path, call, monkeypatch):
+    write_run(tmp_path / "a" / "1")
+    write_run(tmp_path / "b" / "1", method="new", merges=["max", "prob"], code={os.path.join("controls", "new.py"): ""})
+    axes, drawn = pytest.importorskip("matplotlib.axes").Axes, []
+    monkeypatch.setattr(axes, "plot", lambda *a, draw=axes.plot, **k: drawn.append((list(a[1]), a[2])) or draw(*a, **k))
+    monkeypatch.setattr(report, "paper", lambda info: (1, 2, 3, 2) if info["method"] == "der" else ())
+    text = call(report, tmp_path, "--details", "--csv", tmp_path / "a.csv", "--plot", tmp_path / "a.png").out
+    size = [np.mean([abs(x[r] - sum(x) / 4) for x in FINAL for r in own]) for own in ((0, 1), (2, 3))]
+    for row, values in {
+        ("backbone", "method"): "S1 S2 avg last last by prob",
+        ("-", "always the commonest emotion"): "25.00 37.50 31.25 37.50 -",
+        ("vit", "der"): "75.00 ± 35.36 62.50 ± 17.68 68.75 ± 26.52 62.50 ± 17.68 75.00",
+        ("vit", "der, the paper"): "1.00 2.00 3.00 2.00 -",
+        ("vit", "new, by max"): "75.00 ± 35.36 62.50 ± 17.68 68.75 ± 8.84 62.50 ± 17.68 75.00",
+        ("sum", "pooled accuracy"): "66.67 62.50 - -",
+        ("sum", "95 % low"): "20.77 30.57 - -",
+        ("sum", "95 % high"): "93.85 86.32 - -",
+        ("sum", "pooled UF1"): "40.00 71.43 - -",  # (4/5 + 0) / 2; (4/7 + 1 + 4/7) / 3
+        ("sum", "pooled UAR"): "50.00 72.22 - -",  # (1 + 0) / 2; (1/2 + 1 + 2/3) / 3
+        ("sum", "size of scores"): f"{size[0]:.2f} {size[1]:.2f} - -",
+        ("prob", "forgetting"): "0.00 - 0.00 -",  # session 1 from 2 right of 3 to 3: never less than nothing
+        ("centered", "forgetting"): "33.33 - 33.33 -",  # to 1 right of 3
+    }.items():
+        assert rows_of(text)[row] == values, row
+    by_sum, by_max = (rows_of(part.partition("\n| true")[2]) for part in text.split("### ")[1:])
+    assert by_sum == {("disgust", "2"): "0 2", ("anger", "0"): "1 0", ("fear", "1"): "0 2", ("---", "---"): "--- ---"}
+    assert by_max["fear", "1"] == "1 1" and Image.open(tmp_path / "a.png").width > 400
+    assert drawn == [([75, 62.5], "-o"), ([1, 2], "o"), ([75, 62.5], "--"), ([], "o")]  # der, the paper; a control
+    by_prob = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))[1]
+    words = ("method", "merge", "mean S2", "std avg", "pooled UAR S2", "paper S1", "finished", "folds")
+    assert [by_prob[word] for word in words] == "der prob 75.0000 17.6777 77.7778 1.0000 2 f0".split()
+    write_run(tmp_path / "c" / "1", HAND[:1], method="ranpac", merges=["sum"])  # no logits: prob means nothing
+    text = call(report, tmp_path, "--how", "prob").out
+    assert "folds f0**, merged by prob\n" in text and "last by prob" not in text
+    assert rows_of(text)["-", "always the commonest emotion"] == "25.00 37.50 31.25 37.50"  # of both folds
+    assert rows_of(text)["vit", "der"] == "75.00 ± 35.36 75.00 ± 0.00 75.00 ± 17.68 75.00 ± 0.00"
+    assert rows_of(text)["vit", "ranpac, by sum (1 of 2 folds)"] == "50.00 50.00 50.00 50.00"
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install matplotlib" in call(report, tmp_path, "--plot", "a.png").err
+
+
+def test_loso_is_pooled_and_the_paper_stands_beside_its_like(tmp_path, call):
+    """True 0 0 1 1 2, answers 0 1 1 1 0, in folds of 3 and 2; the commonest emotion in training is 0."""
+    rows = dict(emotions=["a", "b", "c"], row_emotion=[0, 1, 2], row_session=[0] * 3, train_counts=[[3, 2, 1]])
+    files = [rows | dict(labels=["a", "a", "b"], session=[0] * 3, scores_0=np.eye(3)[[0, 1, 1]]),
+             rows | dict(labels=["b", "c"], session=[0] * 2, scores_0=np.eye(3)[[1, 0]])]  # fmt: skip
+    real, loso = dict(synthetic=False, preset="paper"), dict(method="finetune", protocol="loso")
+    write_run(tmp_path / "a" / "1", files, **real, **loso, counts={"casme2": {}})
+    found = rows_of(call(report, tmp_path).out)
+    assert list(found.values())[::2] == ["accuracy UF1 UAR", "40.00 19.05 33.33", "76.60 72.30 71.90"]
+    assert found["vit", "finetune"] == "60.00 43.33 50.00"  # (2/4 + 4/5 + 0) / 3, (1/2 + 1 + 0) / 3
+    assert "more than one session" in call(report, tmp_path, "--plot", "a.png").err
+
+    stream = ["casme2", "samm", "mmew", "casme3"]
+    good = real | dict(method="ranpac", backbone="vit", protocol="ilcv", changed={}, counts=stream, fold_count=5)
+    for change in (
+        dict(changed={"weights": "none"}), dict(changed={"lr": 1.0}), dict(synthetic=True), dict(fold_count=3),
+        dict(preset="tiny"), dict(method="linear"), dict(counts=stream[::-1]), dict(counts=["casme2"]),
+        dict(counts=["samm"], **loso),
+    ):  # fmt: skip
+        assert not report.paper(good | change), change
+    for change in ({}, {"changed": {"weights": "vit.safetensors"}}):
+        assert report.paper(good | change) == (53.23, 46.18, 50.50, 43.84, 48.44, 43.84)
+    assert len(report.TABLE2) == 28 and all(abs(sum(row[:4]) / 4 - row[4]) < 0.011 for row in report.TABLE2.values())
+
+
+def test_which_runs_stand_where(tmp_path, call):
+    for i, change in enumerate([{}, {"images": "i1"}, {"folds": "f1"}, {"seed": 1}, {"preset": "paper"}]):
+        write_run(tmp_path / "tables" / str(i) / "1", **change)
+    assert call(report, tmp_path / "tables").out.count("**ILCV, synthetic stream, casme2, samm, ") == 5
+    root, ages = tmp_path / "names", {"b/1": 30, "b/2": 10, "b/3": 20, "c/1": 0, "d/1": 0, "old": 0, "broken": 0}
+    for lr, (place, age) in enumerate(ages.items()):
+        write_run(root / place, [HAND[0], HAND[1] | {"threads": 2}] if place == "d/1" else HAND, changed={"lr": lr})
+        for file in os.listdir(root / place):
+            os.utime(root / place / file, (1e9 - age, 1e9 - age))
+    os.utime(root / "b/3/fold1.npz", (1e9, 1e9))  # of three runs with one name the last fold was made by the third
+    (root / "c/1/fold0.npz").write_bytes((root / "b/1/fold0.npz").read_bytes())  # of another run
+    (root / "c/1/fold1.npz").write_bytes(b"PK no archive")
+    (root / "old/run.json").write_text('{"fold_count": 5, "method": "der"}')  # of the first edition
+    (root / "broken/run.json").write_text("{")
+    text, notes = call(report, root)
+    assert [row[1] for row in rows_of(text) if row[0] == "vit"] == ["der lr=2", "der lr=4"]
+    assert text.count("mixed") == 1 and "the folds of vit der lr=4 differ in threads" in text
+    words = ["b/1 (older)", "b/2 (older)", "c/1 (no finished fold)", "old (no run", "broken (no run"]
+    assert all(word in notes.splitlines()[-1] for word in words) and notes.count(": not used (") == 2
+
+
+def test_export_show_check(tmp_path, call, monkeypatch):
+    out, junk, casme2 = tmp_path / "new/made", tmp_path / "new/made.part/samm_x", ("--size", 8, "--sessions", "casme2")
+    os.makedirs(junk)  # left by a killed export of the first edition
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", lambda *_: exec("raise KeyboardInterrupt"))
+        call(view, "export", "--out", out, *casme2)
+    assert [folders for _, folders, _ in os.walk(tmp_path / "new")] == [["made.part"], ["samm_x"], []]
+    call(view, "export", "--out", out, *casme2)
+    (made,), (read,) = data.synthetic(8, sessions=["casme2"]), data.load(str(out), ["casme2"], 8)
+    assert all(np.array_equal(vars(made)[name], vars(read)[name]) for name in ("images", "labels", "subjects", "keys"))
+    assert len(os.listdir(out)) == 5 and os.stat(out).st_mode == os.stat(junk).st_mode  # others may read it
+    call(view, "show", "--data", out, "--out", tmp_path / "a.png", *casme2)
+    first = Image.fromarray(read.images[0].transpose(1, 2, 0)).resize((56, 56))  # disgust, the first subject
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png"))[21:77, 70:126], np.asarray(first))
+    os.remove(out / made.keys[-1])
+    assert "exists already" in call(view, "export", "--out", out, *casme2).err
+    lines = [line.split() for line in call(view, "check", "--data", out, *casme2).out.splitlines()[-6:]]
+    assert lines[0] == "casme2 245 samples of 246 26 subjects of 26".split()
+    assert lines[-2:] == ["repression 27 of 27".split(), "surprise 24 of 25 -1".split()]
+
+
+def test_tables_runs_every_row(tmp_path, call, monkeypatch):
+    assert len({*map(" ".join, tables.commands())}) == 52  # 7 on each backbone, l2p, dualprompt, joint, norch, pixels
+    fails = ["-c", "import os, sys; print('a line'); sys.exit('error: threads ' + os.environ['OMP_NUM_THREADS'])"]
+    real = ["-m", "controls.pixels", "--projected", "100", "--folds", "0", "--sessions", "casme2", "samm", "mmew"]
+    monkeypatch.setattr(tables, "commands", lambda: [fails, real])
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    out, notes = call(tables, "--out", tmp_path / "table", "--jobs", 2)
+    assert ("none", "pixels projected=100 (1 of 5 folds)") in rows_of(out)  # a run as it is written is read
+    rows = rows_of(call(report, tmp_path / "table", "--details").out)
+    assert [cell == "-" for cell in rows["sum", "forgetting"].split()] == [False, False, True, False, True]
+    assert "error: threads 1" in notes.splitlines()[-2] and notes.splitlines()[-1].startswith("error: 1 runs failed")
+
+
+def test_mistakes_end_with_one_line(tmp_path, call):
+    write_run(tmp_path / "a" / "1", [])
+    for tool, words, error in (
+        (report, "''", "no such folder"), (report, tmp_path, "no finished fold"), (report, "a --csv ''", "--csv"),
+        (report, "a --plot ''", "--plot"), (report, "a --plot a.doc", "--plot"), (view, "show --out a.doc", ".png"),
+        (view, "check --data ''", "no such folder"), (view, "export --out ''", "needs"), (tables, "--out ''", "--out"),
+        (view, "export --out a --data b", "no --data"), (view, "check --out a", "no --out"),
+        (view, "check --size 3", "--size 3"), (tables, "--jobs 0", "--jobs"),
+    ):  # fmt: skip
+        out, notes = call(tool, *shlex.split(str(words)))
+        assert not out and notes.splitlines()[-1].startswith("error: ") and error in notes.splitlines()[-1], words
+
+
+# ---- pretrain, the shipped weight files and docs/ -------------------------------------------------------------------
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run(script, *words) calls main() of a script, such as "tools.view", and returns what it prints."""
+
+    def call(script, *words):
+        module = importlib.import_module(script)
+        monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, words)])
+        try:
+            return module.main() or capsys.readouterr().out
+        except SystemExit as stop:
+            return stop.code or capsys.readouterr().out
+
+    return call
+
+
+def test_pretrain_makes_a_file_that_loads(run, tmp_path):
+    made = ["--images", 200, "--epochs", 1, "--out", tmp_path / "small.pt"]
+    assert "held-out loss" in run("tiny.pretrain", "--backbone", "resnet", *made)
+    flags = "--backbone resnet --sessions casme2 --folds 0 --epochs-first 1 --projected 100".split()
+    assert "(small.pt, " in run("ranpac", *flags, "--weights", tmp_path / "small.pt", "--out", tmp_path / "results")
+
+
+def test_pretrain_replaces_no_shipped_file_for_an_empty_path(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "HERE", str(tmp_path))  # beside which the shipped files would be
+    for out in ("", "/", str(tmp_path)):
+        assert run("tiny.pretrain", "--images", 100, "--out", out) == f"error: --out {out!r}: must name a file"
+    assert not list(tmp_path.iterdir())
+
+
+def test_shipped_files_are_small_safe_and_say_how_they_were_made():
+    paths = {name: pathlib.Path(common.HERE, "tiny", f"{name}.pt") for name in common.TINY}
+    for name, path in paths.items():
+        made = torch.load(path, weights_only=True)["made"]
+        assert f"pretrain --backbone {name}" in made["command"]
+        assert made["held_out_loss"] < 0.25 * made["no_motion_loss"]
+    assert sum(path.stat().st_size for path in paths.values()) < 6e6
+
+
+def test_random_flows_are_those_that_the_shipped_files_were_trained_on():
+    random = np.random.RandomState(0)
+    clean, seen = pretrain.random_flows(random, 3, 48)  # numbers of the first edition
+    values = [clean.sum(), seen.sum(), *clean[2, 20, 30], *seen[2, 20, 30]]
+    np.testing.assert_allclose(values, [719.874, 1416.560, 0.00951, -0.01987, 0.15224, 0.03938], rtol=1e-3)
+    assert random.randint(2**31) == 1291920150  # as many draws
+
+
+def test_commands_in_docs_have_flags_that_exist(run):
+    scripts = {}  # {script: flags} of all that docs/ names
+    for path in pathlib.Path(common.HERE, "docs").glob("*.md"):
+        pieces = path.read_text(encoding="utf-8").split("```")  # every second one is a block; the others have code in `
+        code = "\0".join([*"".join(pieces[1::2]).splitlines(), *re.findall(r"`([^`]+)`", "".join(pieces[::2]))])
+        for module, script, more in re.findall(r"(?:-m\s+([\w.]+)|(\w+)\.py)\b([^;#'\0]*)", code):
+            scripts.setdefault(module or script, set()).update(re.findall(r"--[\w-]+", more))
+    scripts["l2p"] = scripts.pop("method")  # $method.py
+    assert {"tools.prepare", "tools.view", "tools.report", "tools.tables", "tools.bench", "tiny.pretrain"} < set(
+        scripts
+    )
+    for script in set(scripts) - {"FILE", "test_all"}:  # any script, and the first edition's
+        assert scripts[script] <= set(re.findall(r"--[\w-]+", run(script, "--help").split("\noptions:")[1])), script
