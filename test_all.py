@@ -835,6 +835,7 @@ def test_skeleton():
 
 
 # ---- data, runs on disk, processes, mistakes: as a user starts a script ------------------------------------------
+STARTED = []  # processes of the current test
 TWO = ["--sessions", "casme2", "samm", "--device", "cpu"]
 PIXELS = ["controls.pixels", "--projected", "50", *TWO]
 SHORT = ["finetune", "--epochs-first", "1", "--epochs-next", "1", *TWO, "--folds", "0", "1"]
@@ -895,6 +896,9 @@ for word in sys.argv[1].split():
 def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    while STARTED:
+        STARTED.pop().kill()  # whatever a failed test left running
 
 
 def start(script, *flags):
@@ -926,7 +930,9 @@ def one_line(script, *flags):
 
 
 def process(*words, stdout=subprocess.PIPE, **others):
-    return subprocess.Popen([sys.executable, *words], stdout=stdout, stderr=subprocess.PIPE, text=True, **others)
+    others |= {"stdout": stdout, "stderr": subprocess.PIPE, "text": True}
+    STARTED.append(subprocess.Popen([sys.executable, *words], **others))
+    return STARTED[-1]
 
 
 def folds_in(root):
