@@ -85,9 +85,9 @@ def parse(description, settings):
     if not 0 <= args.seed < 2**32:
         sys.exit(f"error: --seed {args.seed}: must be at least 0 and less than 2**32")
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and os.environ.get("LOCAL_RANK"):  # under torchrun (see protocols.Run)
-        name = f"cuda:{int(os.environ['LOCAL_RANK']) % max(1, torch.cuda.device_count())}"
     try:
+        if name == "cuda" and os.environ.get("LOCAL_RANK"):  # under torchrun (see protocols.Run)
+            name = f"cuda:{int(os.environ['LOCAL_RANK']) % max(1, torch.cuda.device_count())}"
         args.device = torch.zeros(1, device=name).device
     except Exception as error:  # torch raises a different type for every way in which a device can be missing
         sys.exit(f"error: --device {name}: {str(error).splitlines()[0]}")

@@ -8,6 +8,7 @@ Shapes: N samples of one session, S image side in pixels.
 """
 
 import ast
+import csv
 import hashlib
 import inspect
 import io
@@ -36,7 +37,7 @@ class Dataset:
     subjects: int = None
 
 
-DATASETS = {  # a new dataset is one more record
+DATASETS = {  # a new dataset is one more record; its name in lower case and without an underscore
     "casme2": Dataset(dict(disgust=63, happiness=32, others=99, repression=27, surprise=25), 26),
     "samm": Dataset(dict(anger=57, contempt=12, happiness=26, others=26, surprise=15), 27),
     "mmew": Dataset(dict(disgust=72, fear=16, happiness=36, others=66, sad=13, surprise=89), 30),
@@ -54,12 +55,14 @@ class Session:
     """One dataset of the stream. Samples are sorted by (emotion, file name): the same on every file system.
 
     name      its word in folder names, e.g. "casme2"
-    emotions  its E words in Table 1's order
+    emotions  its words in the order of DATASETS
     images    (N, 3, S, S) uint8 RGB; from `load_sessions` float32 on the device, as the backbone expects them
     labels    (N,) str, the emotion of each sample
     subjects  (N,) int; a number means one person within this session only
     keys      (N,) str, paths below the processed folder, e.g. "casme2_happiness/sub01_EP02_01f.png"
     digest    a hash of what the images were made of, whatever S is
+    folds     from folds.csv, None where there is none: {"slcv" and "ilcv": (N,) int, the fold that tests each sample;
+              "count": how many folds; "digest": a hash of the session's lines without their keys}
     """
 
     name: str
@@ -69,6 +72,7 @@ class Session:
     subjects: np.ndarray
     keys: np.ndarray
     digest: str
+    folds: dict = None
 
 
 def load_sessions(args, backbone):
@@ -125,12 +129,45 @@ def load(path, sessions=STREAM, size=224):
         print(f"left out: {count} samples of {folder}, an emotion that this session does not list")
     if unread:
         print(f"not read: {unread} files or folders that are no samples (other extensions, other places)")
-    return [_read_session(path, name, sorted(found[name]), size) for name in sessions]
+    result = [_read_session(path, name, sorted(found[name]), size) for name in sessions]
+    if os.path.exists(os.path.join(path, "folds.csv")):
+        _read_folds(os.path.join(path, "folds.csv"), result)
+    return result
+
+
+def _read_folds(path, sessions):
+    """Give the sessions the folds that tools.prepare wrote for all rows of the official sheets, with an image or not.
+
+    Two laboratories whose files have the same hash test the same clips in the same folds, whatever images they lack.
+    """
+    with open(path, newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    for session in sessions:
+        try:
+            own = [line for line in lines if line["session"] == session.name]
+            numbers = {line["key"]: (int(line["slcv"]), int(line["ilcv"])) for line in own if line["key"]}
+            missing = [key for key in session.keys if key not in numbers]
+            slcv = dict((line["subject"], line["slcv"]) for line in own)
+            twice = [line["subject"] for line in own if line["slcv"] != slcv[line["subject"]]]
+            content = [[line[name] for name in ("subject", "clip", "onset", "slcv", "ilcv")] for line in own]
+            count = 1 + max(int(number) for line in content for number in line[3:])
+        except (KeyError, TypeError, ValueError):
+            sys.exit(f"error: {path}: no lines of session {session.name} as tools.prepare writes them")
+        if missing or twice:
+            what = f"no line for the image {missing[0]}" if missing else f"subject {twice[0]} in two SLCV folds"
+            sys.exit(f"error: {path}: session {session.name} has {what}")
+        print(
+            f"folds.csv: {session.name} has {len(own)} lines, {len(own) - len(session.keys)} of them without an image"
+        )
+        columns = zip(("slcv", "ilcv"), np.array([numbers[key] for key in session.keys]).T)
+        session.folds = dict(columns) | {"count": count, "digest": hashlib.sha256(repr(content).encode()).hexdigest()}
 
 
 def _read_session(path, name, samples, size):
     """Decode `samples`, a sorted list of (emotion, file name, key, subject), into one Session."""
-    emotions = DATASETS[name].emotions
+    emotions, names = DATASETS[name].emotions, {(emotion, os.path.splitext(file)[0]) for emotion, file, _, _ in samples}
+    if len(names) < len(samples):
+        sys.exit(f"error: {path}: session {name} has an image twice, in two spellings of a folder or two formats")
     if not samples:
         sys.exit(f"error: {path}: no images of session {name}; expected folders such as {name}_{next(iter(emotions))}")
     labels, _, keys, subjects = (np.array(column) for column in zip(*samples))
@@ -170,7 +207,7 @@ def flow_to_image(flow):
 
 def synthetic(size=48, seed=0, sessions=STREAM):
     """Made-up sessions with the counts of DATASETS: a list of Session, size x size pixels. Same seed, same images."""
-    code = ast.dump(ast.parse(inspect.getsource(stream) + inspect.getsource(flow_to_image)))
+    code = ast.unparse(ast.parse(inspect.getsource(stream) + inspect.getsource(flow_to_image)))  # without comments
     result = []
     for name in sessions:
         emotions, people = DATASETS[name].emotions, DATASETS[name].subjects
@@ -179,7 +216,7 @@ def synthetic(size=48, seed=0, sessions=STREAM):
         labels, subjects, flows = stream.session(name, emotions, people, size, seed)
         images = np.concatenate([flow_to_image(flow[None]) for flow in flows])
         keys = np.array([f"{name}_{e}/sub{s:03d}_{i:04d}.png" for i, (e, s) in enumerate(zip(labels, subjects))])
-        order = sorted(range(len(keys)), key=lambda i, labels=labels, keys=keys: (labels[i], keys[i]))
+        order = np.argsort(keys)  # they begin with the emotion
         digest = hashlib.sha256(f"{code} {name} {seed} {emotions} {people}".encode()).hexdigest()
         labels = np.array(labels)[order]
         result.append(Session(name, list(emotions), images[order], labels, subjects[order], keys[order], digest))

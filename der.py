@@ -20,8 +20,9 @@ Run:   python der.py --backbone vit --protocol ilcv
 
 Differs from the paper / from the released code (and as finetune.py 1 to 4)
  1. Expansion only. DER's authors never released their pruning masks, and the benchmark has none.
- 2. No second stage that balances the head: it needs exemplars. No weight alignment: by choice, for it needs none.
- 3. The head's old block and biases are copied, as in the public ports. DER's own code draws a new head without bias.
+ 2. No second stage that balances the head: it needs exemplars. No weight alignment either, by choice.
+ 3. The head's old block and biases are copied, as in the public ports. DER's own code draws a head without
+    bias anew, with 10 epochs of warm-up.
  4. Released: the loop that freezes the old extractors is gone, so all of them train, which is not DER.
 """
 

@@ -15,10 +15,11 @@ other. Each session has a constant and a scale of its own, and in a sum the rows
 Paper: the benchmark, arXiv 2501.19111, section 3.4 ("Finetune" and the head)
 Run:   python finetune.py --backbone vit --protocol ilcv
 
-Differs from the paper / from the released code (1 to 5 are true of all scripts)
+Differs from the paper / from the released code (1 to 5 also hold for the scripts that name them)
  1. The paper names no optimizer and hints at a schedule ("initial learning rate"). Here: AdamW, weight decay 0.05, and
     a cosine to 0 within each session, per batch. Released: SGD with momentum, weight decay 0.005, constant 2e-5.
- 2. Images are normalised by the checkpoint's own mean and std. Released: ImageNet's, for a ViT that expects 0.5.
+ 2. Images are stretched, normalised by the checkpoint's own mean and std (released: ImageNet's, for a ViT that
+    expects 0.5), not augmented. Training on CUDA is bfloat16. An emotion without a training sample never wins.
  3. Heads start with nn.Linear's own random values. A last batch of one image is dropped (BatchNorm needs two).
  4. The last epoch is taken, as released: nothing is chosen on test data.
  5. The paper does not say which rows the loss runs over. Here and released: the session's own.

@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import os
+import platform
 import re
 import sys
 import time
@@ -28,7 +29,7 @@ import torch
 import data
 import rch
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = os.path.dirname(os.path.realpath(__file__))
 K = 5  # folds, as the paper
 
 
@@ -66,10 +67,8 @@ def accuracy(true, predicted):
 def uf1(true, predicted):
     """Unweighted F1: the mean over classes of 2 TP / (2 TP + FP + FN). Only classes present in `true` count."""
     true, predicted = np.asarray(true), np.asarray(predicted)
-    classes = np.unique(true)
-    hits = np.array([np.sum((true == c) & (predicted == c)) for c in classes])  # TP
-    sizes = np.array([np.sum(true == c) + np.sum(predicted == c) for c in classes])  # 2 TP + FP + FN
-    return float(np.mean(2 * hits / sizes))
+    members = [(true == c, predicted == c) for c in np.unique(true)]
+    return float(np.mean([2 * sum(t & p) / (sum(t) + sum(p)) for t, p in members]))
 
 
 def uar(true, predicted):
@@ -102,23 +101,28 @@ class Run:
         if args.protocol == "loso" and len(sessions) > 1:
             sys.exit(f"error: --protocol loso takes one session, not {len(sessions)}; name it with --sessions")
         self.sessions, self.tests = sessions, []  # T lists of k index arrays
+        listed = args.protocol != "loso" and all(session.folds for session in sessions)  # in folds.csv
         for session in sessions:
             try:
-                self.tests.append(split(session.subjects, args.protocol))
+                if listed and session.folds["count"] != K:
+                    raise ValueError(f"folds.csv has {session.folds['count']} folds, not {K}")
+                tests = [np.flatnonzero(session.folds[args.protocol] == i) for i in range(K)] if listed else None
+                self.tests.append(tests or split(session.subjects, args.protocol))
+                if min(map(len, self.tests[-1])) < 1 or len(session.keys) - max(map(len, self.tests[-1])) < 2:
+                    raise ValueError("a fold has no sample to test or fewer than 2 to train on")
             except ValueError as error:
                 sys.exit(f"error: session {session.name}: {error}")
-            if len(session.keys) - max(map(len, self.tests[-1])) < 2:
-                sys.exit(f"error: session {session.name}: a fold leaves fewer than 2 samples to train on")
         count = len(self.tests[0])
         self.asked = args.folds or list(range(count))
         if not all(0 <= fold < count and self.asked.count(fold) == 1 for fold in self.asked):
             sys.exit(f"error: --folds {' '.join(map(str, self.asked))}: of 0 to {count - 1}, each once")
         words = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-        rank, world = (int(word) if word.isdigit() else -1 for word in words)
+        rank, world = (int(word) if word.isdecimal() else -1 for word in words)
         if not 0 <= rank < world or ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
             sys.exit("error: RANK and WORLD_SIZE must both be set, 0 <= RANK < WORLD_SIZE, or neither")
 
         elsewhere = ("folds", "out", "data", "weights", "device", "loaded")  # what is there is hashed below
+        tests = _sha([[s.keys.tolist(), *map(np.ndarray.tolist, f)] for s, f in zip(sessions, self.tests)])[:12]
         self.info = {  # all that the numbers depend on: runs that agree here give the same on the same machine
             "arguments": {name: value for name, value in vars(args).items() if name not in elsewhere},
             "merges": list(merges),
@@ -128,10 +132,12 @@ class Run:
             "counts": {s.name: {"samples": len(s.keys), "subjects": len(set(s.subjects.tolist())),
                                 "emotions": {e: int(sum(s.labels == e)) for e in s.emotions}} for s in sessions},
             "images": _sha([session.digest for session in sessions])[:12],
-            "folds": _sha([[s.keys.tolist(), *map(np.ndarray.tolist, f)] for s, f in zip(sessions, self.tests)])[:12],
+            "tests": tests,
+            "folds": _sha([s.folds["digest"] for s in sessions])[:12] if listed else tests,
             "weights": args.loaded,
-            "code": _code(os.path.abspath(sys.argv[0])),
-            "versions": {name: metadata.version(name) for name in ("torch", "timm", "numpy", "pillow")},
+            "code": _code(os.path.realpath(sys.argv[0])),
+            "versions": {name: metadata.version(name) for name in ("torch", "timm", "numpy", "pillow")}
+            | {"python": platform.python_version()},
         }  # fmt: skip
         source = "synthetic" if args.data is None else os.path.basename(os.path.abspath(args.data))
         words = [args.method, args.backbone, args.protocol, args.preset, source]
@@ -141,8 +147,10 @@ class Run:
         os.makedirs(self.folder, exist_ok=True)
         write(os.path.join(self.folder, "run.json"), json.dumps(self.info, indent=1).encode())
 
-        print(f"{args.method}, {args.backbone} ({args.loaded}), {args.protocol}, {args.device},"
-              f" images {self.info['images']}, folds {self.info['folds']}")  # fmt: skip
+        print(
+            f"{args.method}, {args.backbone} ({args.loaded}), {args.protocol}, {args.device},"
+            f" images {self.info['images']}, folds {self.info['folds']} {'(folds.csv)' if listed else '(images)'}"
+        )
         self.folds, self.header_printed = [], False
         for fold in self.asked[rank::world]:  # under torchrun, rank r of w takes every w-th fold
             saved = read_fold(self.folder, self.info, fold)
@@ -169,14 +177,13 @@ class Run:
         Ends with one line if a score is not finite. A printed last line means a kept fold.
         """
         self.saved["seconds"].append(time.perf_counter() - self.clock)
-        so_far = [np.concatenate(self.words[: s + 1]) for s in range(t + 1)]  # labels trained on until session s
         tests = [(session, tests[fold]) for session, tests in zip(self.sessions[: t + 1], self.tests)]
         for name in ("labels", "subjects", "keys"):  # (n,) each
             self.saved[name] = np.concatenate([getattr(session, name)[test] for session, test in tests])
         self.saved["session"] = np.repeat(np.arange(t + 1), [len(test) for _, test in tests])  # (n,) where it is from
         self.saved |= {"emotions": rows.emotions, "row_emotion": rows.row_emotion, "row_session": rows.row_session}
-        counts = [[sum(words == emotion) for emotion in rows.emotions] for words in so_far]
-        self.saved["train_counts"] = np.array(counts)  # (t + 1, E)
+        counts = [[sum(words == emotion) for emotion in rows.emotions] for words in self.words]  # of each session
+        self.saved["train_counts"] = np.cumsum(counts, 0)  # (t + 1, E), of all until each session
         for name, values in {"scores": scores, **others}.items():
             values = np.asarray(values.cpu() if torch.is_tensor(values) else values, np.float32)
             assert values.shape == (len(self.saved["labels"]), len(rows.row_emotion))
@@ -214,13 +221,13 @@ class Run:
         Only if all that were asked for are there: under torchrun the process that finds the last one done prints.
         """
         names, lead, count = list(self.info["counts"]), self.info["merges"][0], self.info["fold_count"]
-        found = {fold: read_fold(self.folder, self.info, fold) for fold in range(count)}
-        folds = {fold: saved for fold, saved in found.items() if saved}
+        folds = {fold: saved for fold in range(count) if (saved := read_fold(self.folder, self.info, fold))}
         if not set(self.asked) <= set(folds):
             return
 
         def row(label, *cells):
-            print(f"{label:28s}" + "".join(f"{c:12.2f}" if isinstance(c, float) else f"{c:>12s}" for c in cells))
+            texts = [f"{c:12.2f}" if isinstance(c, float) else f"{c:>12s}" for c in cells]
+            print(f"{label:28s}" + "".join(texts), flush=True)  # whole lines, beside those of other processes
 
         print(f"\n{len(folds)} of {count} folds, in %")
         if self.info["arguments"]["protocol"] == "loso":  # a fold is one person: only pooled numbers mean anything
@@ -257,20 +264,19 @@ def _code(script):
 
     Of the syntax tree: a changed comment is the same code.
     """
-    folders, todo, found = (os.path.dirname(script), HERE), [script], {}
+    todo, found = [script], {}
     while todo:
         path = todo.pop()
         with open(path, encoding="utf-8") as file:
             tree = ast.parse(file.read())
         found[os.path.relpath(path, HERE)] = _sha(ast.dump(tree))[:12]
         for node in ast.walk(tree):
-            module = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            names = module + [
-                ".".join([*module, a.name]) for a in getattr(node, "names", []) if isinstance(a, ast.alias)
-            ]
-            places = [os.path.join(folder, *name.split(".")) for name in names for folder in folders]
-            files = [file for place in places for file in (f"{place}.py", os.path.join(place, "__init__.py"))]
-            todo += [file for file in files if os.path.isfile(file) and os.path.relpath(file, HERE) not in found]
+            for alias in node.names if isinstance(node, (ast.Import, ast.ImportFrom)) else ():
+                words = f"{getattr(node, 'module', None) or ''}.{alias.name}".strip(".").split(".")
+                for folder in {os.path.dirname(script), os.path.dirname(path), HERE}:  # the second: relative imports
+                    places = [os.path.join(folder, *words[: n + 1]) for n in range(len(words))]
+                    files = [file for place in places for file in (f"{place}.py", os.path.join(place, "__init__.py"))]
+                    todo += [f for f in files if os.path.isfile(f) and os.path.relpath(f, HERE) not in found]
     return dict(sorted(found.items()))
 
 

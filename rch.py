@@ -78,7 +78,7 @@ def remap(row_scores, row_emotion, row_session, how="sum"):
         return row_scores @ merge
     if how == "prob":
         likelihood = np.exp(row_scores - row_scores.max(1, keepdims=True))
-        return likelihood / likelihood.sum(1, keepdims=True) @ merge
+        return (likelihood / likelihood.sum(1, keepdims=True)) @ merge
     if how == "centered":
         centered = row_scores.copy()
         for session in np.unique(row_session):

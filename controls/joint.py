@@ -39,15 +39,14 @@ def main():
         # ---- a trial begins: fold i of every session ----
         torch.manual_seed(args.seed * 1000 + fold)
         rows = rch.RCH()
-        x, y = (torch.empty(0, device=args.device) for _ in range(2))
-        test_images = []
+        images, targets, test_images = [], [], []
 
         for t, session, train, test in run.stream(fold):
             # ---- session t arrives (session 1 is t = 0) ----
             rows.add_session([emotion for emotion in session.emotions if emotion not in rows.emotions])
-            x = torch.cat([x, session.images[train]]) if t else session.images[train]  # (N of all sessions, 3, S, S)
-            labels = torch.from_numpy(rows.targets(session.labels[train])).to(args.device)
-            y = torch.cat([y, labels]) if t else labels  # (N of all sessions,)
+            images.append(session.images[train])
+            targets.append(torch.from_numpy(rows.targets(session.labels[train])).to(args.device))
+            x, y = torch.cat(images), torch.cat(targets)  # of all sessions so far: (N, 3, S, S), (N,)
             test_images.append(session.images[test])
 
             # ---- grow: start over ----

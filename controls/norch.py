@@ -2,7 +2,8 @@
 
 The control of the head: what does a row per session and emotion do? The paper has no such row. Everything else is
 finetune.py: the same data, epochs and loss, over the rows of the session's own emotions. A returning emotion retrains
-the row that it already has, in the new domain.
+the row that it already has, in the new domain. (All rows are in the
+optimizer, so weight decay shrinks the others a little.)
 
 Run:   python -m controls.norch --backbone vit --protocol ilcv       (with differences 1 to 5 of finetune.py)
 """

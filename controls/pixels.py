@@ -6,6 +6,8 @@ it borrows the ridge from ranpac.py, where everything about it is told.
 Run:   python -m controls.pixels --protocol ilcv
 """
 
+import sys
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -30,6 +32,8 @@ class Pixels(nn.Module):
 
 def main():
     args = common.parse(__doc__, SETTINGS)
+    if args.backbone != "vit" or args.weights is not None:
+        sys.exit("error: --backbone, --weights: there is no network here")
     args.backbone = "none"
     pixels = Pixels()
     sessions = data.load_sessions(args, pixels)

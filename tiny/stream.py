@@ -64,7 +64,8 @@ def session(name, counts, subjects, size, seed=0):
     are. It was calibrated on a control without any network (controls/pixels.py) and on nothing else.
     """
     camera = name if name in CAMERAS else "other"
-    random = np.random.RandomState([seed, list(CAMERAS).index(camera)])
+    own = [] if name in CAMERAS else name.encode()  # other datasets with one camera are not the same images
+    random = np.random.RandomState([seed, list(CAMERAS).index(camera), *own])
     people = [_person(random) for _ in range(subjects)]
     labels = [emotion for emotion, count in counts.items() for _ in range(count)]
     # Emotions are dealt unevenly: each has its own few frequent subjects; then everyone gets at least one sample.
