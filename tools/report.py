@@ -1,12 +1,18 @@
 """The report: all runs below a folder as Markdown tables, beside the paper's numbers where they are comparable.
 
     python -m tools.report results                                  the newest run of every name
+    python -m tools.report results --compare finetune ranpac        the difference of two runs, with interval and p
     python -m tools.report results --details                        also all that the tables have no room for
     python -m tools.report results --csv all.csv --plot all.png     also all numbers as a file, and drawn
 
-Runs on other images, folds, sessions, presets or seeds have a table of their own. Of several runs with one name (their
-scripts, data or versions differ) the newest counts; the others are named in a line. Rows are merged by each run's own
-first way, or by --how (see rch.py). `folds` are the arrays of a run's fold files, {fold: {name: array}}.
+Runs on other images, folds, sessions or presets have a table of their own. Runs that differ in the seed alone are one
+row: means over seeds, on the folds that all of them have. Of several runs with one name (their scripts, data or
+versions differ) the newest counts; the others are named in a line. Rows of scores are merged by each run's own first
+way, or by --how (see rch.py). One person's samples are alike: intervals come from drawing subjects again, within each
+session, and p from giving each subject's difference a random sign.
+
+Below, a run is (folder, info, folds), where `folds` are the arrays of its fold files, {fold: {name: array}}; a row of a
+table is (folders, info, seeds), where `seeds` are the folds of each seed. S subjects, E emotions, T sessions.
 """
 
 import csv
@@ -23,6 +29,10 @@ import protocols
 import rch
 
 MEASURES = {"accuracy": protocols.accuracy, **protocols.METRICS}
+DRAWS, FLIPS = 2000, 10_000  # of subjects for an interval, of signs for a p
+COLOURS = ("#0b3c8c", "#d1495b", "#2e8b57", "#c77700", "#7b3fa0", "#008b9a", "#8c4a1f", "#d63fae")
+MARKS, GREYS, DASHES = "os^Dv<>Pp*h", ("0.2", "0.4", "0.5", "0.3"), ("--", ":", "-.", (0, (8, 2)), (0, (1, 3)))
+USABLE = {"casme2": 244, "samm": 134, "mmew": 292, "casme3": 801}  # samples whose onset and apex are two frames
 TABLE2 = {  # (protocol, backbone, method): S1..S4, avg, last in %; the paper gives no standard deviations
     ("slcv", "resnet", "finetune"): (35.60, 25.74, 23.90, 21.04, 26.57, 21.04),
     ("slcv", "resnet", "foster"): (39.69, 17.38, 27.53, 28.38, 28.24, 28.38),
@@ -75,7 +85,7 @@ def read_run(folder):
 
 
 def find_runs(root):
-    """Of every name below a folder the newest run with a finished fold: {title: [(folder, info, folds)]}, sorted."""
+    """Of every name below a folder the newest run with a finished fold: {title: [run, ...]}, sorted."""
     if not os.path.isdir(root):
         sys.exit(f"error: {root!r}: no such folder; it is what --out was, results by default")
     times, runs, passed, groups = {}, {}, [], {}
@@ -95,16 +105,22 @@ def find_runs(root):
         print(f"note: passed by: {', '.join(sorted(passed))}", file=sys.stderr)
     if not runs:
         sys.exit(f"error: {root}: holds no finished fold of any run")
-    for run in sorted(runs.values(), key=lambda run: (run[1]["backbone"], is_control(run[1]), label(run[1]))):
+    order = lambda run: (run[1]["backbone"], is_control(run[1]), label(run[1]), run[1]["seed"])  # noqa: E731
+    for run in sorted(runs.values(), key=order):
         groups.setdefault(title(run[1]), []).append(run)
     return dict(sorted(groups.items()))
 
 
 def title(info):
     """What the runs of one table have in common."""
-    source = "synthetic stream" if info["synthetic"] else "data"
-    return (f"{info['protocol'].upper()}, {source}, {', '.join(info['counts'])}, {info['preset']} preset,"
-            f" seed {info['seed']}, images {info['images']}, folds {info['folds']}")  # fmt: skip
+    source, counts = "synthetic stream" if info["synthetic"] else "data", info["counts"]
+    sheets = [data.DATASETS[name].emotions if name in data.DATASETS else {"unknown": None} for name in counts]
+    official = [count for sheet in sheets for count in sheet.values()]
+    of = "" if None in official else f" of {sum(official):,}"
+    return (f"{info['protocol'].upper()}, {source}, {', '.join(counts)}, {info['preset']} preset,"
+            f" {sum(count['samples'] for count in counts.values()):,}{of} samples,"
+            f" images {info['images']}, folds {info['folds']}"
+            + (f", tests {info['tests']}" if info.get("tests", info["folds"]) != info["folds"] else ""))  # fmt: skip
 
 
 def label(info):
@@ -112,9 +128,35 @@ def label(info):
     return " ".join([info["method"], *(f"{name}={value}" for name, value in info["changed"].items())])
 
 
+def but_seed(info):
+    """All that a run's numbers depend on, but the seed."""
+    return {word: value for word, value in info.items() if word not in ("seed", "arguments", "seeds", "label")}
+
+
 def is_control(info):
     """Whether the run's script lies in controls/."""
     return os.path.join("controls", f"{info['method']}.py") in info["code"]
+
+
+def rows(runs, each_seed=False):
+    """The rows of a table: of `runs`, those that differ in the seed alone are one, on the folds that all of them have.
+
+    With `each_seed`, or where seeds have no fold in common, each is a row. info gets "seeds", and "label" to print.
+    """
+    alike, result = {}, []
+    for run in runs:
+        key = json.dumps([but_seed(run[1]), run[1]["seed"] if each_seed else None])
+        alike.setdefault(key, {}).setdefault(run[1]["seed"], run)  # a copy of a run is the same run
+    for group in (list(group.values()) for group in alike.values()):
+        shared = set.intersection(*(set(folds) for _, _, folds in group))
+        for part in [group] if shared else [[run] for run in group]:
+            folders, infos, seeds = zip(*part)
+            seeds = [{fold: own[fold] for fold in own if fold in shared or not shared} for own in seeds]
+            which = [info["seed"] for info in infos]
+            words = f", {len(part)} seeds" if len(part) > 1 else f", seed {which[0]}"
+            words *= each_seed or which != [0]  # nothing is said of the default
+            result.append((folders, infos[0] | {"seeds": which, "label": label(infos[0]) + words}, seeds))
+    return result
 
 
 def ways(info, folds):
@@ -130,6 +172,72 @@ def lead(info, folds, how):
     return how if how in ways(info, folds) else info["merges"][0]
 
 
+# ---- subjects --------------------------------------------------------------------------------------------------------
+FROM_COUNTS = {  # measures of counts (..., E) of hits, true and predicted; true is nan for an emotion without a sample
+    "accuracy": lambda hits, true, predicted: hits.sum(-1) / np.nansum(true, -1),
+    "UF1": lambda hits, true, predicted: np.nanmean(2 * hits / (true + predicted), -1),
+    "UAR": lambda hits, true, predicted: np.nanmean(hits / true, -1),
+}
+
+
+def by_subject(folds, how):
+    """Counts (3, T, S, E) of hits, true and predicted emotions of each subject's samples tested after each session.
+
+    And the session (S,) that each subject is of: a subject's number means one person within a session only.
+    """
+    pairs = [list(zip(saved["session"].tolist(), saved["subjects"].tolist())) for saved in folds.values()]
+    people, saved = sorted(set(sum(pairs, []))), next(iter(folds.values()))
+    counts = np.zeros((3, len(saved["seconds"]), len(people), len(saved["emotions"])))
+    for saved, pair in zip(folds.values(), pairs):
+        subject = np.array([people.index(person) for person in pair])
+        for t in range(counts.shape[1]):
+            true, predicted, _ = protocols.outcome(saved, t, how)
+            own, hit = subject[: len(true)], true == predicted
+            np.add.at(counts[0, t], (own[hit], true[hit]), 1)
+            np.add.at(counts[1, t], (own, true), 1)
+            np.add.at(counts[2, t], (own, predicted), 1)
+    return counts, np.array([session for session, _ in people])
+
+
+def draw(session):
+    """How often each subject is in each draw, (DRAWS, S): of every session as many as it has, with replacement."""
+    random, sizes = np.random.default_rng(0), np.unique(session, return_counts=True)[1]
+    return np.concatenate([random.multinomial(size, np.full(size, 1 / size), DRAWS) for size in sizes], 1)
+
+
+def with_average(a):
+    """Values (T, ...) with their mean and the last one behind: (T + 2, ...)."""
+    return np.concatenate([a, a.mean(0, keepdims=True), a[-1:]])
+
+
+def intervals(seeds, how):
+    """95 % intervals in %, pooled over folds, of the mean over seeds: {measure: (2, T + 2) low and high}.
+
+    A draw of subjects serves all of S1..ST, so their mean has an interval too. Who is alone in a session gives none.
+    """
+    counts, session = zip(*(by_subject(folds, how) for folds in seeds))
+    hits, true, predicted = draw(session[0]) @ np.array(counts).swapaxes(0, 1)  # (seeds, T, DRAWS, E) each
+    true = np.where(true > 0, true, np.nan)
+    percent = 100 if np.unique(session[0], return_counts=True)[1].min() > 1 else np.nan
+    values = {name: percent * measure(hits, true, predicted).mean(0) for name, measure in FROM_COUNTS.items()}
+    return {name: np.quantile(with_average(value), (0.025, 0.975), 1) for name, value in values.items()}
+
+
+def difference(a, b):
+    """(value, low, high, p), (T + 1,) each: accuracy by counts `a` less that by counts `b`, of S1..ST and avg, in %.
+
+    a, b  lists of what by_subject gives, one per seed, of the same samples; correctness is averaged over seeds first
+    p     how often random signs of all subjects' summed differences give a sum of this size or a larger one
+    """
+    session, total = a[0][1], a[0][0][1].sum(-1)  # (S,), (T, S)
+    gain = 100 * np.subtract(*(np.mean([counts[0].sum(-1) for counts, _ in row], 0) for row in (a, b)))  # (T, S)
+    share = with_average(gain / total.sum(1, keepdims=True))[:-1]  # (T + 1, S): its sum over subjects is the value
+    drawn, signs = draw(session), np.random.default_rng(0).choice((-1.0, 1.0), (FLIPS, len(session)))
+    low, high = np.quantile(with_average((gain @ drawn.T) / (total @ drawn.T))[:-1], (0.025, 0.975), 1)
+    large = abs(share @ signs.T) > abs(share.sum(1, keepdims=True)) - 1e-9  # equal sums may differ in their last bits
+    return share.sum(1), low, high, (large.sum(1) + 1) / (FLIPS + 1)
+
+
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 def columns(info):
     """The columns of the paper's Table 2, or for LOSO those of its Table 3."""
@@ -137,47 +245,53 @@ def columns(info):
     return list(MEASURES) if info["protocol"] == "loso" else [*sessions, "avg", "last"]
 
 
-def numbers(info, folds, how):
-    """What can be said of a run by one merge: {what: values for the first of `columns`}, in % (but the size of scores).
+def numbers(info, seeds, how):
+    """What can be said of a row by one merge: {what: values for the first of `columns`}, in % (but the size of scores).
 
-    Forgetting of a session is its best accuracy ever, pooled, less that at the end, as in Chaudhry et al., arXiv
-    1801.10112, but the end itself may be the best, so it is never negative. The last session has none.
+    Means over seeds; std is over folds, of these means. Forgetting of a session is its best accuracy ever, pooled, less
+    that at the end, as in Chaudhry et al., arXiv 1801.10112, but the end itself may be the best, so it is never
+    negative. The last session has none.
     """
-    results = [protocols.pooled(folds, t, how) for t in range(len(info["counts"]))]  # (true, predicted, source) each
+    results = [[protocols.pooled(folds, t, how) for folds in seeds] for t in range(len(info["counts"]))]
+    each = {name: [[100 * measure(*r[:2]) for r in result] for result in results] for name, measure in MEASURES.items()}
+    each = {name: with_average(np.array(values)) for name, values in each.items()}  # (T + 2, seeds), pooled
+    ends = dict.fromkeys(MEASURES, np.full((2, len(results) + 2), np.nan)) | intervals(seeds, how)
     if info["protocol"] == "loso":  # a fold is one person: only pooled numbers mean anything
-        found = {"pooled": [100 * measure(*results[0][:2]) for measure in MEASURES.values()]}
+        of_seeds = np.array([values[0] for values in each.values()])  # (measures, seeds)
+        found = {"pooled": of_seeds.mean(1)}
+        found |= {f"95 % {side}": [ends[name][i, 0] for name in MEASURES] for i, side in enumerate(("low", "high"))}
     else:
-        a = protocols.curve(folds, how)
+        a = np.array([protocols.curve(folds, how) for folds in seeds])  # (seeds, folds, T + 2)
+        of_seeds, a = a.mean(1).T, a.mean(0)
         found = {"mean": a.mean(0)} | ({"std": a.std(0, ddof=1)} if len(a) > 1 else {})
-        found |= {f"pooled {name}": [100 * measure(*r[:2]) for r in results] for name, measure in MEASURES.items()}
-    bounds = [interval(np.sum(true == predicted), len(true)) for true, predicted, _ in results]
-    found |= {"95 % low": [low for low, _ in bounds], "95 % high": [high for _, high in bounds]}
+        for name, values in each.items():
+            found |= {f"pooled {name}": values.mean(1)}
+            found |= {f"95 % {side} {name}": ends[name][i] for i, side in enumerate(("low", "high"))}
+    found |= {"lowest seed": of_seeds.min(1), "highest seed": of_seeds.max(1)} if len(seeds) > 1 else {}
     if len(results) > 1:
         sources = range(len(results))
-        ever = [[100 * np.mean((true == guess)[of == s]) for true, guess, of in results[s:]] for s in sources]
-        lost = [max(accuracies) - accuracies[-1] for accuracies in ever[:-1]]
+        ever = [np.array([[100 * np.mean((r[0] == r[1])[r[2] == s]) for r in result] for result in results[s:]])
+                for s in sources[:-1]]  # (times, seeds) for each session but the last  # fmt: skip
+        lost = [np.mean(accuracies.max(0) - accuracies[-1]) for accuracies in ever]
         found["forgetting"] = [*lost, np.nan, np.mean(lost)]
         # Long training makes large scores, and in eq. 3's sum a session with large scores decides.
-        final = np.concatenate([saved[f"scores_{sources[-1]}"] for saved in folds.values()])
+        final = np.concatenate([saved[f"scores_{sources[-1]}"] for folds in seeds for saved in folds.values()])
         sizes = abs(final - final.mean(1, keepdims=True)).mean(0)  # (R,)
-        row_session = next(iter(folds.values()))["row_session"]  # not every session brings a new row
+        row_session = next(iter(seeds[0].values()))["row_session"]  # not every session brings a new row
         found["size of scores"] = [sizes[row_session == s].mean() if s in row_session else np.nan for s in sources]
-    return found | ({"paper": paper(info)} if paper(info) else {})
+    return found | ({"paper": paper(info, seeds[0])} if paper(info, seeds[0]) else {})
 
 
-def interval(correct, total):
-    """95 % Wilson interval (low, high), in %. It takes samples as independent, though one person's are not quite."""
-    z, p = 1.96, correct / total
-    middle, half = p + z * z / (2 * total), z * np.sqrt(p * (1 - p) / total + z * z / (4 * total**2))
-    return tuple(100 * end / (1 + z * z / total) for end in (middle - half, middle + half))
+def paper(info, folds):
+    """The paper's numbers for `columns`, if the run is comparable, else (). A weight file is taken at its word.
 
-
-def paper(info):
-    """The paper's numbers for `columns`, if the run is comparable, else (). A weight file is taken at its word."""
-    loso, sessions = info["protocol"] == "loso", list(info["counts"])
+    Comparable: on (nearly) all usable samples of its sessions, all folds of five or all subjects, its settings.
+    """
+    loso, counts = info["protocol"] == "loso", info["counts"]
     unchanged = all(name == "weights" and value != "none" for name, value in info["changed"].items())
-    usual = sessions == ["casme2"] if loso else sessions == data.STREAM and info["fold_count"] == 5
-    if info["synthetic"] or info["preset"] != "paper" or not unchanged or not usual:
+    usual = list(counts) == ["casme2"] if loso else list(counts) == data.STREAM and info["fold_count"] == 5
+    enough = usual and all(count["samples"] >= 0.95 * USABLE[name] for name, count in counts.items())
+    if info["synthetic"] or info["preset"] != "paper" or not unchanged or not enough or len(folds) < info["fold_count"]:
         return ()
     return (TABLE2 | TABLE3).get((info["protocol"], info["backbone"], info["method"]), ())
 
@@ -189,55 +303,124 @@ def cells(values, spreads=()):
     return [f"{word} ± {spread:.2f}" for word, spread in zip(words, spreads)] if len(spreads) else words
 
 
-def grid(head, rows):
-    """A Markdown table; rows that are too short end with -."""
-    rows = [head, ["---"] * len(head), *(row + ["-"] * (len(head) - len(row)) for row in rows)]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+def span(low, high):
+    """Two ends as a table shows them."""
+    return "-" if np.isnan(low) else f"{low:.1f} to {high:.1f}"
+
+
+def grid(head, lines):
+    """A Markdown table; lines that are too short end with -."""
+    lines = [head, ["---"] * len(head), *(line + ["-"] * (len(head) - len(line)) for line in lines)]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def tables(groups, how=None):
-    """The runs as Markdown, a table per title, in the columns of the paper's Tables 2 and 3."""
+    """Rows {title: [row, ...]} as Markdown, a table per title, in the columns of the paper's Tables 2 and 3."""
     text = ["Accuracy in %: mean ± standard deviation over folds, LOSO pooled. avg, last: the paper's A-bar, A-tilde."]
-    for name, runs in groups.items():
-        _, first, folds = max(runs, key=lambda run: len(run[2]))  # the run with the most folds
-        shown, notes = "pooled" if first["protocol"] == "loso" else "mean", []
-        head = ["backbone", "method", *columns(first), *["last by prob"] * (shown == "mean" and not how)]
-        rows = [["-", "always the commonest emotion", *cells(numbers(first, folds, "majority")[shown])]]
-        for _, info, folds in runs:
-            merge = lead(info, folds, how)
-            found = numbers(info, folds, merge)
-            missing = f" ({len(folds)} of {info['fold_count']} folds)" * (len(folds) < info["fold_count"])
-            row = [info["backbone"], label(info) + f", by {merge}" * (merge != (how or "sum")) + missing]
-            by_prob = cells(numbers(info, folds, "prob")[shown][-1:]) if "prob" in info["merges"] else []
-            rows.append((row + cells(found[shown], found.get("std", ())) + by_prob)[: len(head)])
-            if paper(info):
-                rows.append([info["backbone"], f"{label(info)}, the paper", *cells(paper(info))])
-            mixed = [word for word in ("threads", "processor") if len({str(f[word]) for f in folds.values()}) > 1]
-            notes += [f"\nmixed: the folds of {' '.join(row)} differ in {' and '.join(mixed)}"] * bool(mixed)
-        text += [f"\n**{name}**" + f", merged by {how}" * (how not in (None, "sum")), "", grid(head, rows), *notes]
+    text += ["The 95 % intervals are of the accuracy pooled over folds, by drawing subjects again."]
+    for name, table in groups.items():
+        _, first, seeds = max(table, key=lambda row: len(row[2][0]))  # the row with the most folds
+        loso, several = first["protocol"] == "loso", any(len(seeds) > 1 for _, _, seeds in table)
+        shown, i, measure = ("pooled", 0, "") if loso else ("mean", -1, " accuracy")
+        head = ["backbone", "method", *columns(first), f"{columns(first)[i]}, 95 %"]
+        head += [f"{columns(first)[i]} of the seeds"] * several + ["last by prob"] * (not loso and not how)
+        lines = [["-", "always the commonest emotion", *cells(numbers(first, seeds[:1], "majority")[shown])]]
+        notes, alike = [], {}
+        for _, info, seeds in table:
+            merge = lead(info, seeds[0], how)
+            found = numbers(info, seeds, merge)
+            missing = f" ({len(seeds[0])} of {info['fold_count']} folds)" * (len(seeds[0]) < info["fold_count"])
+            line = [info["backbone"], info["label"] + f", by {merge}" * (merge != (how or "sum")) + missing]
+            ends = [(f"95 % low{measure}", f"95 % high{measure}"), *[("lowest seed", "highest seed")] * several]
+            spans = [span(found[low][i], found[high][i]) if low in found else "-" for low, high in ends]
+            by_prob = cells(numbers(info, seeds, "prob")[shown][-1:]) if "prob" in info["merges"] else []
+            lines.append((line + cells(found[shown], found.get("std", ())) + spans + by_prob)[: len(head)])
+            if paper(info, seeds[0]):
+                words = f"{label(info)}, the paper, on its own preparation"
+                lines.append([info["backbone"], words, *cells(paper(info, seeds[0]))])
+            files = [saved for folds in seeds for saved in folds.values()]
+            mixed = [word for word in ("threads", "processor") if len({str(file[word]) for file in files}) > 1]
+            notes += [f"\nmixed: the folds of {' '.join(line)} differ in {' and '.join(mixed)}"] * bool(mixed)
+            one, other = but_seed(info), but_seed(alike.setdefault((info["backbone"], label(info)), info))
+            differ = [word for word in one | other if one.get(word) != other.get(word)]
+            notes += [f"\nnot one row: the runs of {' '.join(line)} differ in {' and '.join(differ)}"] * bool(differ)
+        text += [f"\n**{name}**" + f", merged by {how}" * (how not in (None, "sum")), "", grid(head, lines), *notes]
     return "\n".join(text)
 
 
-def details(info, folds, how=None):
+def details(info, seeds, how=None):
     """All numbers by every merge, and the confusion matrix of the lead merge at the end, as Markdown."""
-    merge, emotions = lead(info, folds, how), list(next(iter(folds.values()))["emotions"])
-    found = [(way, *pair) for way in ways(info, folds) for pair in numbers(info, folds, way).items()]
-    rows = [[way, what, *cells(values)] for way, what, values in found]
-    true, predicted, _ = protocols.pooled(folds, len(info["counts"]) - 1, merge)
+    merge, emotions = lead(info, seeds[0], how), list(next(iter(seeds[0].values()))["emotions"])
+    found = [(way, *pair) for way in ways(info, seeds[0]) for pair in numbers(info, seeds, way).items()]
+    lines = [[way, what, *cells(values)] for way, what, values in found]
+    results = [protocols.pooled(folds, len(info["counts"]) - 1, merge)[:2] for folds in seeds]
+    true, predicted = np.concatenate(results, 1)
     confusion = [[word, *np.bincount(predicted[true == e], minlength=len(emotions))] for e, word in enumerate(emotions)]
     head = [f"true \\ predicted, by {merge}, pooled, at the end", *emotions]
-    return grid(["merged by", "what", *columns(info)], rows) + "\n\n" + grid(head, confusion)
+    return grid(["merged by", "what", *columns(info)], lines) + "\n\n" + grid(head, confusion)
+
+
+def is_meant(run, word):
+    """Whether a word of --compare means a run: it is the run's label, its folder or one above."""
+    here, there = (os.path.join(os.path.abspath(path), "") for path in (run[0], word))
+    return word == label(run[1]) or here.startswith(there)
+
+
+def compare(groups, words, how=None):
+    """The difference between two rows, each meant by a label or a folder, in all tables that have both, as Markdown.
+
+    groups are find_runs's. What has no backbone, such as pixels, is compared on every backbone of the other. Ends with
+    one line where a word means no run, or several rows of a table, or where images, folds or finished folds differ.
+    """
+    text, alone, runs = [], {}, sum(groups.values(), [])
+    for word in words:
+        if not any(is_meant(run, word) for run in runs):
+            known = ", ".join(sorted({label(info) for _, info, _ in runs}))
+            sys.exit(f"error: --compare {word}: no such run; there are {known}, and their folders")
+    for name, runs in groups.items():
+        meant, lines = [[run for run in runs if is_meant(run, word)] for word in words], []
+        for backbone in sorted({info["backbone"] for _, info, _ in sum(meant, [])} - {"none"}) or ["none"]:
+            pair = [rows([run for run in own if run[1]["backbone"] in (backbone, "none")]) for own in meant]
+            if max(map(len, pair)) > 1:
+                sys.exit(f"error: --compare: a word means several rows of {name}, {backbone}; name folders")
+            if not all(pair):
+                for word in (word for word, own in zip(words, pair) if own):
+                    alone.setdefault(f"{word} in {name}", []).append(backbone)
+                continue
+            pair = [own[0] for own in pair]
+            done = [" ".join(map(str, seeds[0])) for _, _, seeds in pair]
+            if done[0] != done[1]:
+                sys.exit(f"error: --compare: {words[0]} has folds {done[0]}, {words[1]} {done[1]} ({name}, {backbone})")
+            counts = [[by_subject(folds, lead(info, folds, how)) for folds in seeds] for _, info, seeds in pair]
+            value, low, high, p = difference(*counts)
+            lines += [[backbone, " - ".join(info["label"] for _, info, _ in pair), *(f"{v:+.2f}" for v in value)],
+                      ["", "95 %", *(f"{v:+.2f} to {w:+.2f}" for v, w in zip(low, high))],
+                      ["", "p", *(f"{v:.4f}" for v in p)]]  # fmt: skip
+        if lines:
+            head = ["backbone", "difference", *columns(runs[0][1])[: 1 if runs[0][1]["protocol"] == "loso" else -1]]
+            text += [f"**{name}**", grid(head, [line[: len(head)] for line in lines])]
+    alone = [f"{place} ({', '.join(backbones)})" for place, backbones in alone.items()]
+    if not text:
+        sys.exit(f"error: --compare: no table has both, but {'; '.join(alone)}")
+    print("".join(f"note: nothing to compare with {place}\n" for place in alone), end="", file=sys.stderr)
+    return "\n\n".join(["Accuracy, pooled over folds, in points: first less second; interval and p by subject.", *text])
 
 
 def write_csv(groups, path):
-    """All runs, one line per run and merge: what they are, and all numbers but the confusion matrix."""
-    lines, words = [], "method backbone protocol preset seed synthetic weights images folds fold_count".split()
-    for folder, info, folds in sum(groups.values(), []):
-        for way in ways(info, folds):
-            line = {word: info[word] for word in words} | {"finished": len(folds), "folder": folder, "merge": way}
+    """All rows, one line per row and merge: what they are, and all numbers but the confusion matrix."""
+    lines, words = [], "method backbone protocol preset synthetic weights images folds fold_count".split()
+    for folders, info, seeds in sum(groups.values(), []):
+        emotions = next(iter(seeds[0].values()))["emotions"]
+        for way in ways(info, seeds[0]):
+            line = {word: info[word] for word in words} | {"finished": len(seeds[0]), "merge": way}
+            line |= {"seeds": " ".join(map(str, info["seeds"])), "folders": ";".join(folders)}
             line |= {"sessions": "+".join(info["counts"]), "changed": label(info).partition(" ")[2]}
-            for what, values in numbers(info, folds, way).items():
+            for name, count in info["counts"].items():
+                line |= {f"{what} {name}": count[what] for what in ("samples", "subjects")}
+            for what, values in numbers(info, seeds, way).items():
                 line |= {f"{what} {column}": f"{value:.4f}" for column, value in zip(columns(info), values)}
+            hits, true, _ = np.sum([by_subject(folds, way)[0][:, -1].sum(1) for folds in seeds], 0)  # (E,) each
+            line |= {f"recall {emotion}": f"{100 * h / n:.4f}" for emotion, h, n in zip(emotions, hits, true) if n}
             lines.append(line)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(dict.fromkeys(key for line in lines for key in line)))
@@ -246,33 +429,58 @@ def write_csv(groups, path):
     protocols.write(path, text.getvalue().encode())
 
 
+def spread(values, gap):
+    """Places for labels at `values`: in the same order, at least `gap` apart; the mean of pushing up and down."""
+    order, steps = np.argsort(values, kind="stable"), gap * np.arange(len(values))
+    apart = np.array(values)[order] - steps
+    places = (np.maximum.accumulate(apart) + np.minimum.accumulate(apart[::-1])[::-1]) / 2 + steps
+    return places[np.argsort(order)]
+
+
 def plot(groups, path, how=None):
-    """Accuracy over sessions: a row per title, a panel per backbone, controls dashed, the paper's as open markers."""
+    """Accuracy over sessions: a line of panels per title, a panel per backbone; open marks are the paper's numbers.
+
+    Every method has a colour and a mark of its own, controls are grey and dashed, and names stand at the lines' ends.
+    """
     try:
-        from matplotlib import colormaps, figure
+        from matplotlib import figure
     except ImportError:
         sys.exit("error: --plot needs the package matplotlib: pip install matplotlib")
-    groups = {name: runs for name, runs in groups.items() if len(runs[0][1]["counts"]) > 1}
+    groups = {name: table for name, table in groups.items() if len(table[0][1]["counts"]) > 1}
     if not groups:
         sys.exit("error: --plot needs a run with more than one session")
-    backbones = sorted({info["backbone"] for _, info, _ in sum(groups.values(), [])} - {"none"}) or ["none"]
-    whole = figure.Figure((3 + 3.4 * max(2, len(backbones)), 2.9 * len(groups)), layout="constrained")
-    lines, colours = {}, colormaps["tab20"].colors[::2] + colormaps["tab20"].colors[1::2]  # strong ones first
-    for part, (name, runs) in zip(whole.subfigures(len(groups), 1, squeeze=False)[:, 0], groups.items()):
-        part.suptitle(name + f", merged by {how}" * (how not in (None, "sum")), x=0.01, ha="left", fontsize=8)
-        for word, axis in zip(backbones, part.subplots(1, len(backbones), sharey=True, squeeze=False)[0]):
-            axis.set(title=word, ylabel="accuracy, %")
-            axis.set_xticks(range(len(runs[0][1]["counts"])), runs[0][1]["counts"])
+    infos = [info for _, info, _ in sum(groups.values(), [])]
+    backbones = sorted({info["backbone"] for info in infos} - {"none"}) or ["none"]
+    methods, controls = (dict.fromkeys(label(i) for i in infos if is_control(i) == kind) for kind in (False, True))
+    styles = {name: {"color": COLOURS[i % 8], "marker": MARKS[i % 11]} for i, name in enumerate(methods)}
+    styles |= {name: {"color": GREYS[i % 4], "ls": DASHES[i % 5]} for i, name in enumerate(controls)}
+    height = 1.3 + 0.19 * max(10, *map(len, groups.values()))  # inches
+    width = max(6, len(backbones) * (3.2 + 0.085 * max(len(info["label"]) for info in infos)))
+    whole = figure.Figure((width, height * len(groups)), layout="constrained")
+    for part, (name, table) in zip(whole.subfigures(len(groups), 1, squeeze=False)[:, 0], groups.items()):
+        lines = [(info, numbers(info, seeds, lead(info, seeds[0], how))["mean"][:-2], paper(info, seeds[0])[:-2])
+                 for _, info, seeds in table]  # fmt: skip
+        low, high = (end(value for _, *both in lines for a in both for value in a) for end in (min, max))
+        words = name.replace(", images", ",\nimages") + f", merged by {how}" * (how not in (None, "sum"))
+        part.suptitle(words, x=0.01, ha="left", fontsize=9)
+        axes, end = part.subplots(1, len(backbones), sharey=True, squeeze=False)[0], len(table[0][1]["counts"]) - 1
+        axes[0].set_ylabel("accuracy, %")
+        for word, axis in zip(backbones, axes):
+            axis.set(title=word, xlim=(-0.1, end + 0.1), ylim=(low - 3, high + 3))
+            axis.set_xticks(range(end + 1), table[0][1]["counts"])
+            axis.spines[["top", "right"]].set_visible(False)
             axis.grid(alpha=0.3)
-            for _, info, folds in runs:
-                if info["backbone"] in (word, "none"):  # what needs no network stands beside each
-                    a, key = numbers(info, folds, lead(info, folds, how))["mean"], label(info)
-                    colour = lines[key].get_color() if key in lines else colours[len(lines) % 20]
-                    (lines[key],) = axis.plot(a[:-2], "--" if is_control(info) else "-o", color=colour, ms=4)
-                    axis.plot(paper(info)[:-2], "o", color=colour, mfc="none", ms=7)
-    whole.legend(lines.values(), lines.keys(), loc="outside right center", frameon=False)
+            own = [line for line in lines if line[0]["backbone"] in (word, "none")]  # what needs no network is in each
+            places = spread([ours[-1] for _, ours, _ in own], 0.18 * (high - low + 6) / (height - 1.1))
+            for (info, ours, papers), y in zip(own, places):
+                style = styles[label(info)]
+                axis.plot(ours, ms=6, **style)
+                axis.plot(papers, ms=9, mfc="none", **style | {"ls": ""})
+                axis.plot([end, end + 0.3], [ours[-1], y], color=style["color"], lw=0.5, clip_on=False)
+                axis.plot([end + 0.3, end + 0.7], [y, y], ms=6, markevery=[1], clip_on=False, **style)
+                axis.text(end + 0.8, y, info["label"], color=style["color"], va="center")
     content = io.BytesIO()
-    whole.savefig(content, format=path[-3:], dpi=80)
+    whole.savefig(content, format=path[-3:], dpi=120, bbox_inches="tight")
     protocols.write(path, content.getvalue())
 
 
@@ -280,20 +488,28 @@ def main():
     p = common.parser(__doc__)
     p.add_argument("results", help="the folder that --out named, or one below it")
     p.add_argument("--how", choices=rch.WAYS, help="how rows are merged (default: each run's own first way)")
+    p.add_argument("--each-seed", action="store_true", help="runs that differ in the seed alone are rows of their own")
+    p.add_argument("--compare", nargs=2, metavar="RUN", help="only their difference; labels of the tables, or folders")
     p.add_argument("--details", action="store_true", help="also all numbers by every merge, and the confusion matrix")
     p.add_argument("--csv", metavar="FILE", help="also write all numbers to a CSV file")
     p.add_argument("--plot", metavar="FILE.png", help="also draw accuracy over sessions (needs matplotlib)")
     args = p.parse_args()
     if args.csv == "" or args.plot is not None and args.plot[-4:] not in (".png", ".pdf", ".svg"):
         sys.exit("error: --csv takes the name of a file, --plot one that ends with .png, .pdf or .svg")
+    if args.compare and (args.each_seed or args.details or args.csv or args.plot):
+        sys.exit("error: --compare stands alone, or with --how")
     groups = find_runs(args.results)
+    if args.compare:
+        print(compare(groups, args.compare, args.how))
+        return
+    groups = {name: rows(runs, args.each_seed) for name, runs in groups.items()}
     if args.plot:
         plot(groups, args.plot, args.how)
     if args.csv:
         write_csv(groups, args.csv)
     print(tables(groups, args.how))
-    for folder, info, folds in sum(groups.values(), []) if args.details else ():
-        print(f"\n### {folder}\n\n{details(info, folds, args.how)}")
+    for folders, info, seeds in sum(groups.values(), []) if args.details else ():
+        print(f"\n### {', '.join(folders)}\n\n{details(info, seeds, args.how)}")
 
 
 if __name__ == "__main__":

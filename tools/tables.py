@@ -1,42 +1,66 @@
-"""The results table of the synthetic stream: run everything that it holds, and print it.
+"""The paper's Tables 2 and 3 as one command: run every row of them, and print the report.
 
-    python -m tools.tables               in results/table; started again, it goes on where it stopped
+    python -m tools.tables                          on the synthetic stream, in results/table
+    python -m tools.tables --data prepared          on images of the licensed datasets, by the paper's settings
+    python -m tools.tables --data prepared --seeds 0 1 2 --controls --dry-run      only the commands, for a cluster
 
-As many runs at a time as there are cores, each on one thread: such small networks gain little from a second one.
+Started again, it goes on where it stopped: finished folds are kept. There run as many at once as there are CUDA
+devices, each on a device of its own, or without one as many as there are cores, each on one thread: the tiny networks
+gain little from a second one.
 """
 
 import concurrent.futures
 import os
+import queue
+import shlex
 import subprocess
 import sys
 import time
 
+import torch
+
 import common
 
-METHODS = ("finetune", "der", "foster", "l2p", "dualprompt", "ranpac")
+METHODS = ("finetune", "foster", "der", "l2p", "dualprompt", "ranpac")
 FROZEN = ["ranpac.py", "--epochs-first", "0"]  # the ridge on the network as it came
 
 
-def commands():
-    """What is run: the words after `python`, one list per row of the table."""
+def commands(seeds=(0,), controls=False, shared=()):
+    """What is run: the words after `python`, one list per row and seed; `shared` stands at the end of each."""
     rows = []
-    for backbone in ("vit", "swin", "resnet"):
-        methods = [name for name in METHODS if backbone == "vit" or name not in ("l2p", "dualprompt")]
-        scripts = [[f"{name}.py"] for name in methods] + [["-m", "controls.linear"], FROZEN]
-        scripts += [[*FROZEN, "--weights", "none"]]
-        scripts += [["-m", "controls.joint"], ["-m", "controls.norch"]] * (backbone == "vit")
-        rows += [[*script, "--backbone", backbone] for script in scripts]
-    rows += [["-m", "controls.pixels"]]
-    return [[*row, "--protocol", protocol] for protocol in ("ilcv", "slcv") for row in rows]
+    for protocol in ("slcv", "ilcv"):  # Table 2
+        for backbone in ("resnet", "vit", "swin"):
+            methods = [name for name in METHODS if backbone == "vit" or name not in ("l2p", "dualprompt")]
+            scripts = [[f"{name}.py"] for name in methods]
+            if controls:
+                scripts += [["-m", f"controls.{name}"] for name in ("joint", "norch", "linear")]
+                scripts += [FROZEN, [*FROZEN, "--weights", "none"]]
+            rows += [[*script, "--backbone", backbone, "--protocol", protocol] for script in scripts]
+        rows += [["-m", "controls.pixels", "--protocol", protocol]] * controls
+    loso = ["--protocol", "loso", "--sessions", "casme2"]  # Table 3
+    rows += [["finetune.py", "--backbone", backbone, *loso] for backbone in ("resnet", "vit", "swin")]
+    return [[*row, "--seed", str(seed), *shared] for seed in seeds for row in rows]
 
 
-def run_all(rows, out, jobs):
+def devices():
+    """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    count = torch.cuda.device_count()
+    return names[:count] if names[0] else [str(i) for i in range(count)]
+
+
+def run_all(rows, jobs):
     """Run the rows, `jobs` at a time; the list of those that failed, each with its error's last line."""
-    failed, start = [], time.time()
+    failed, start, free, found = [], time.time(), queue.SimpleQueue(), devices()
+    for i in range(jobs):
+        free.put({"CUDA_VISIBLE_DEVICES": found[i % len(found)]} if found else {"OMP_NUM_THREADS": "1"})
 
     def run(words):
-        words = [sys.executable, *words, "--out", out]
-        return subprocess.run(words, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        own = free.get()
+        try:
+            return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=os.environ | own)
+        finally:
+            free.put(own)
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         waiting = {pool.submit(run, words): " ".join(words) for words in rows}
@@ -46,7 +70,8 @@ def run_all(rows, out, jobs):
                 if result.returncode:
                     failed.append(f"python {name}: {(result.stderr.strip() or 'no word').splitlines()[-1]}")
                 state = "failed" if result.returncode else "done"
-                print(f"{done}/{len(rows)}, {time.time() - start:.0f} s, {state}: {name}", file=sys.stderr, flush=True)
+                print(f"{len(rows) - done} of {len(rows)} left after {time.time() - start:.0f} s; {state}: {name}",
+                      file=sys.stderr, flush=True)  # fmt: skip
         finally:
             pool.shutdown(cancel_futures=True)  # after Ctrl-C the rest is not begun
     return failed
@@ -54,12 +79,26 @@ def run_all(rows, out, jobs):
 
 def main():
     p = common.parser(__doc__)
+    p.add_argument("--data", metavar="PATH", help="processed folder (default: the synthetic stream)")
+    p.add_argument("--preset", choices=("paper", "tiny"), help="settings (default: paper with --data, tiny without)")
+    p.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="each row with each (default: 0)")
+    p.add_argument("--controls", action="store_true", help="also the controls, and RanPAC on the network untouched")
     p.add_argument("--out", default=os.path.join("results", "table"), metavar="DIR", help="(default: results/table)")
-    p.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="at a time (default: one per core)")
+    p.add_argument("--jobs", type=int, metavar="N", help="at a time (default: one per CUDA device, else one per core)")
+    p.add_argument("--dry-run", action="store_true", help="print the commands and run nothing")
     args = p.parse_args()
-    if not args.out or args.jobs < 1:
-        sys.exit("error: --out takes a folder's name, --jobs a number of at least 1")
-    failed = run_all(commands(), args.out, args.jobs)
+    jobs = len(devices()) or os.cpu_count() if args.jobs is None else args.jobs
+    if not args.out or args.data == "" or jobs < 1:
+        sys.exit("error: --data and --out take a folder's name, --jobs a number of at least 1")
+    given = [(f"--{name}", vars(args)[name]) for name in ("data", "preset", "out")]
+    shared = [word for flag, value in given if value for word in (flag, value)]
+    rows = commands(dict.fromkeys(args.seeds), args.controls, shared)
+    if args.dry_run:
+        print("\n".join(shlex.join(["python", *words]) for words in rows))
+        return
+    if args.data is not None and not os.path.isdir(args.data):
+        sys.exit(f"error: --data {args.data!r}: no such folder")
+    failed = run_all(rows, jobs)
     subprocess.run([sys.executable, "-m", "tools.report", args.out])
     if failed:
         print("\n".join(failed), file=sys.stderr)
