@@ -1,6 +1,6 @@
 """Optical flow of the datasets as downloaded, written as a processed folder: what --data of every method takes.
 
-    python -m tools.prepare --raw RAW --out OUT [--landmarks DIR] [--sessions NAME ...] [--size 256]
+    python -m tools.prepare --raw RAW --out OUT --landmarks DIR [--sessions NAME ...] [--size 256] [--flow]
 
 Each usable row of a dataset's own annotation sheet (.xlsx or .csv) gives one image: the flow from its onset to its apex
 frame. RAW holds a folder per session, with the sheet and the clip folders anywhere below it, as they were unpacked:
@@ -9,19 +9,20 @@ frame. RAW holds a folder per session, with the sheet and the clip folders anywh
     samm    SAMM_Micro_FACS_Codes_v2.xlsx, 006/006_1_2/006_05562.jpg
     mmew    MMEW_Micro_Exp.xlsx, Micro_Expression/happiness/S03-01-002/1.jpg or S03/happiness/S03-01-002/1.jpg
     casme3  cas(me)3_part_A_ME_label_JpgIndex_v2.xlsx, part_A/data/spNO.1/a/color/355.jpg
-            or Part_A_ME_clip/frame/spNo.1_a_355/355.jpg
+            or Part_A_ME_clip/frame/spNo.1_a_355/355.jpg, or as the released code has it, happy/spNO.1a360/355.jpg
     dfme    training_full_with_AU.xlsx, train_data/sub0003_01/00046.png
-The sheet's labels count, never the folders' names; Table 1 says which labels stay.
+The sheet's labels count, never the folders' names; Table 1 says which labels stay. Only onset and apex are needed.
 
---landmarks DIR crops the face. DIR holds a folder per session with NumPy files of 68 points as (x, y) in pixels of the
-frames, shape (68, 2), named as in the released benchmark's landmarks.zip: casme2/sub01/EP02_01f.npy,
-samm/006/006_1_2.npy, mmew/happiness/S03-01-002/S03-01-002.npy, casme3/spNO.1/a/color/color.npy (one per recording),
-dfme/sub0003_01.npy. A session without a folder in DIR keeps whole frames, as mmew and casme3 do in the benchmark. Where
-both raw and cropped frames are there, the raw ones are used with landmarks and the cropped ones without.
+As in the released benchmark, raw frames of casme2, samm and dfme are cropped to the face, by the landmarks in DIR, and
+all others are taken whole; --crop and --whole say otherwise. DIR holds a folder per session with NumPy files of 68
+points as (x, y) in pixels of the frames, shape (68, 2), named as in the benchmark's landmarks.zip, which has no dfme:
+casme2/sub01/EP02_01f.npy, samm/006/006_1_2.npy, mmew/happiness/S03-01-002/S03-01-002.npy, dfme/sub0003_01.npy,
+casme3/spNO.1/a/color/color.npy (one per recording). Of raw and cropped frames, the raw ones are used with landmarks.
 
-OUT gets <session>_<emotion>/sub<subject>_<clip>_onset<frame>_apex<frame>.png; report.csv, the rows left out, each with
-its reason; prepare.json, what the images depend on. Images that are there already are kept: a second run makes only
-what is missing, and several runs may fill one folder at once. A run with other settings is refused.
+OUT gets <session>_<emotion>/sub<subject>_<clip>_onset<frame>_apex<frame>.png; folds.csv, the folds of all rows with a
+label of Table 1; report.csv, the rows left out, each with its reason; prepare.json, what the images depend on; with
+--flow, .flow/<session>_<emotion>/<same name>.npy. A second run makes only the images that are missing, and several runs
+may fill one folder at once. A run with other settings is refused.
 """
 
 import contextlib
@@ -55,7 +56,10 @@ class Source:
     title: str
     page: str  # where it is requested
     sheets: tuple  # names of the annotation sheet, best first; a file's name may also just contain one
-    clips: str  # end of a clip folder's path, or a landmark file's; groups: clip | subject, clip | subject, clip, onset
+    clips: str  # end of a clip folder's or landmark file's path; groups: clip | subject, clip[, onset | , empty, apex]
+    usable: int  # rows of the official sheet that an image can be expected of
+    copies: tuple = ()  # whole names of circulating copies of the sheet
+    crop: bool = False  # whether the benchmark crops its raw frames
     skipped: str = ""  # folders passed by, for frames and for landmarks
     digits: int = 3  # of the subject in the images' names
     renamed: dict = field(default_factory=dict)  # labels, beside data.ALIASES
@@ -66,26 +70,29 @@ class Source:
 SOURCES = {  # a new dataset is one more record, beside that in data.DATASETS
     "casme2": Source("CASME II", "http://casme.psych.ac.cn/casme/e2",
                      ("CASME2-coding-20140508", "CASME2-coding-20190701", "CASME2-coding"),  # Table 1 counts the first
-                     r"sub(\d+)/(ep[\w-]+)", digits=2),
+                     r"sub(\d+)/(ep[\w-]+)", 244, ("CASME2",), crop=True, digits=2),
     "samm": Source("SAMM", "http://www2.docm.mmu.ac.uk/STAFF/M.Yap/dataset.php",
-                   ("SAMM_Micro_FACS_Codes_v2", "Micro_FACS_Codes"), r"(\d{3}_\d+_\d+)"),
-    "mmew": Source("MMEW", "http://www.dpailab.com/database.html", ("MMEW_Micro_Exp",), r"(s\d+-\d+-\d+)", digits=2,
-                   skipped=r"macro.*",  # macro-expressions have the same clip names
+                   ("SAMM_Micro_FACS_Codes_v2", "Micro_FACS_Codes"), r"(\d{3}_\d+_\d+)", 134, ("SAMM",), crop=True),
+    "mmew": Source("MMEW", "http://www.dpailab.com/database.html", ("MMEW_Micro_Exp",), r"(s\d+-\d+-\d+)", 292,
+                   ("MMEW",), digits=2, skipped=r"macro.*",  # macro-expressions have the same clip names
                    renamed={"repression": "others"}),  # the official page's word for what the sheet calls others
     "casme3": Source("CAS(ME)^3", "http://casme.psych.ac.cn/casme/e4",
                      ("cas(me)3_part_A_ME_label_JpgIndex_v2", "part_A_ME_label_JpgIndex"),
-                     r"spno\.?(\d+)/([a-z])/color(?:/color)?|spno\.?(\d+)_([a-z])_(\d+)", many=True,
+                     r"spno\.?(\d+)/([a-z])/color(?:/color)?|spno\.?(\d+)_([a-z])_(\d+)|spno\.?(\d+)([a-z])()(\d+)",
+                     801, ("casme3_table",), many=True,
                      skipped=r"depth|(.*_)?mae(_.*)?|part_?[bc](_.*)?"),  # depth, macro-expressions, parts B and C
     "dfme": Source("DFME", "https://mea-lab-421.github.io",
                    ("training_full_with_AU", "coding"),  # the challenge's training part, that data.DATASETS counts
-                   r"(sub\d+_\d+)", digits=4),
+                   r"(sub\d+_\d+)", 1856, crop=True, digits=4),
 }
-COLUMNS = {"subject": "subject", "filename": "clip", "onset": "onset", "apex": "apex", "offset": "offset",
+COLUMNS = {"subject": "subject", "filename": "clip", "onset": "onset", "apex": "apex",
            "emotion": "emotion"}  # the sheet's word, without "estimated" and "frame": ours
+TABLES = {"folds.csv": ["session", "subject", "clip", "onset", "key", "slcv", "ilcv"],  # of all sessions: their columns
+          "report.csv": ["session", "subject", "clip", "onset", "apex", "emotion", "reason", "detail", "row"]}
 # fmt: on
-REPORT = ["dataset", "subject", "clip", "onset", "apex", "offset", "emotion", "reason", "detail", "row"]
 # The released benchmark's parameters of OpenCV's calcOpticalFlowFarneback.
 FARNEBACK = {"pyr_scale": 0.5, "levels": 3, "winsize": 15, "iterations": 3, "poly_n": 5, "poly_sigma": 1.2, "flags": 0}
+UNLISTED = ("emotion outside Table 1", "no subject or no file name")  # rows that folds.csv does not have
 CHIN, BROW, NOSE_TIP, LOWER_LIP = 8, 19, 30, 57  # of the 68 landmarks, counted from 0
 
 
@@ -93,10 +100,13 @@ def main():
     p = common.parser(__doc__)
     p.add_argument("--raw", required=True, help="folder that holds the datasets as downloaded")
     p.add_argument("--out", required=True, help="folder to write: new, empty, or one to go on with")
-    p.add_argument("--landmarks", metavar="DIR", help="landmarks to crop the face by (default: whole frames)")
+    p.add_argument("--landmarks", metavar="DIR", help="landmarks to crop the face by (default: all frames are whole)")
     which = f"of {', '.join(SOURCES)} (default: {' '.join(data.STREAM)})"
     p.add_argument("--sessions", nargs="+", default=data.STREAM, choices=list(SOURCES), metavar="NAME", help=which)
+    for option, does in (("--crop", "crop these sessions, too"), ("--whole", "do not crop these")):
+        p.add_argument(option, nargs="+", default=[], choices=list(SOURCES), metavar="NAME", help=does)
     p.add_argument("--size", type=int, default=256, help="image side in pixels, 8 to 1024 (default: 256)")
+    p.add_argument("--flow", action="store_true", help="keep the flow itself, too: float32 at the frames' resolution")
     args = p.parse_args()
     args.sessions = list(dict.fromkeys(args.sessions))
     names = ", ".join(args.sessions)
@@ -105,22 +115,31 @@ def main():
     for option, path in (("--raw", args.raw), ("--landmarks", args.landmarks)):
         if path is not None and not os.path.isdir(path):
             sys.exit(f"error: {option} {path!r}: no such folder; it must hold {names}; see --help")
+    if args.landmarks and os.path.isdir(os.path.join(args.landmarks, "landmarks")):  # as a zip may have been unpacked
+        args.landmarks = os.path.join(args.landmarks, "landmarks")
     if args.landmarks and not any(session_folder(args.landmarks, session) for session in args.sessions):
-        sys.exit(f"error: {args.landmarks}: holds none of the folders {names}; see --help for their files")
+        sys.exit(f"error: {args.landmarks}: holds none of the folders {names}, {found_in(args.landmarks)}; see --help")
+    for session in args.crop + args.whole:
+        no_crop = session in args.whole or not session_folder(args.landmarks, session)
+        if session not in args.sessions or session in args.crop and no_crop:
+            sys.exit(f"error: --crop or --whole {session}: not in --sessions, in both, or without landmarks to crop by")
     try:
         import cv2
     except ImportError:
         sys.exit("error: prepare needs the package opencv-python-headless: pip install opencv-python-headless")
 
     versions = {"opencv": cv2.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
-    settings = {"size": args.size, "farneback": FARNEBACK, "versions": [versions], "sessions": {}}
+    code = hashlib.sha256(data.flow_to_image(np.random.RandomState(0).randn(1, 16, 16, 2))).hexdigest()  # by a sample
+    settings = dict(size=args.size, flow=args.flow, coding=code, farneback=FARNEBACK, versions=[versions], sessions={})
     rows = [row for session in args.sessions for row in survey(session, args, settings["sessions"])]
     settle(args.out, settings)
+    write_folds(args.out, args.sessions, rows)  # before the images: a folder that is not complete has its folds, too
     usable = [row for row in rows if not row["reason"]]
-    todo = [row for row in usable if not os.path.exists(row["path"])]
+    todo = [row for row in usable if not os.path.exists(os.path.join(args.out, row["key"]))]
     print(f"{args.out}: {len(usable) - len(todo)} images are there already, {len(todo)} to make", flush=True)
     for row in tqdm(todo, disable=None):
-        row["reason"], row["detail"] = make_image(row, args.size)
+        row["reason"], row["detail"] = make_image(row, args.out, args.size, args.flow)
+    write_folds(args.out, args.sessions, rows)
     report(args.out, args.sessions, rows)
 
 
@@ -129,33 +148,38 @@ def survey(session, args, settings):
     """The rows of a session's sheet, with all that is known before a frame is read; fills in settings[session]."""
     source, root = SOURCES[session], session_folder(args.raw, session)
     if root is None:
-        found = ", ".join(sorted(os.listdir(args.raw))[:8]) or "nothing"
-        sys.exit(f"error: {args.raw}: no folder {session}, found {found}; {source.title} is requested at {source.page},"
-                 " --sessions can leave it out")  # fmt: skip
+        sys.exit(f"error: {args.raw}: no folder {session} ({source.page}), {found_in(args.raw)}; see --sessions")
     folders, files = explore(session, root)
     sheet = find_sheet(session, root, files)
     rows = read_sheet(session, sheet)
-    judge(session, rows, args.out)
-    place = session_folder(args.landmarks, session) if args.landmarks else None
+    judge(session, rows)
+    if not folders:
+        sys.exit(f"error: {root}: no clip folders of {source.title} ({source.page}), {found_in(root)}; see --help")
+    wanted = session in args.crop or source.crop and session not in args.whole
+    place = wanted and session_folder(args.landmarks, session)
     marks = find_landmarks(session, place) if place else {}
     kinds = {"raw": {}, "cropped": {}}
     for key, path in folders:
         kinds["cropped" if "crop" in os.path.relpath(path, root).lower() else "raw"].setdefault(key, []).append(path)
-    if not folders:
-        sys.exit(f"error: {root}: no clip folders of {source.title} ({source.page}); see --help for their names")
     # Cropped frames are faces already; the landmarks of the released benchmark were measured in raw frames.
     kind, other = sorted(kinds, key=lambda kind: (not kinds[kind], (kind == "raw") != bool(marks)))
     clips, twice = kinds[kind], sum(len(paths) > 1 for paths in kinds[kind].values())
+    marks = marks if kind == "raw" or session in args.crop else {}
     for row in rows:
         row |= {"folder": of_clip(clips, row), "crop": bool(marks), "marks": of_clip(marks, row)}
+    for name, index in {"folder": clips, "marks": marks}.items():
+        if index and not any(row[name] for row in rows if not row["reason"]):
+            sys.exit(f"error: {sheet}: no usable row is of a clip that is there, found {next(iter(index.values()))[0]}")
     sheet_place, crop = os.path.relpath(sheet, root), "landmarks" if marks else "whole frame"
-    marks_hash = sha256([path for paths in marks.values() for path in paths]) if marks else None
-    settings[session] = {"sheet": sheet_place, "sheet_sha256": sha256([sheet]), "frames": kind, "crop": crop,
-                         "landmarks_sha256": marks_hash}  # fmt: skip
+    settings[session] = {"sheet": sheet_place, "sheet_sha256": sha256([sheet]), "frames": kind, "crop": crop}
+    settings[session]["landmarks_sha256"] = sha256([paths[0] for paths in marks.values()]) if marks else None
     print(f"{session}: {len(rows)} rows in {sheet_place}, {len(clips)} clip folders of {kind} frames"
           + f" (the {other} ones are not used)" * bool(kinds[other])
           + f" ({twice} clips are in several folders, the first is used)" * bool(twice)
           + f", {crop}", flush=True)  # fmt: skip
+    if wanted and kind == "raw" and not marks:
+        print(f"warning: {session}: its raw frames stay whole, the benchmark crops them by --landmarks DIR/{session}")
+    assign_folds(session, sorted((row for row in rows if row["reason"] not in UNLISTED), key=fold_order))
     return rows
 
 
@@ -167,8 +191,12 @@ def plain(text):
 def session_folder(path, session):
     """The folder in `path` that is named by a session's word or by its dataset's title, or None."""
     names = (session, plain(SOURCES[session].title))
-    paths = [os.path.join(path, name) for name in sorted(os.listdir(path)) if plain(name) in names]
+    paths = [os.path.join(path, name) for name in sorted(os.listdir(path)) if plain(name) in names] if path else []
     return next(filter(os.path.isdir, paths), None)
+
+
+def found_in(path):
+    return f"found {', '.join(sorted(os.listdir(path))[:8]) or 'nothing'}"
 
 
 def sha256(paths):
@@ -176,10 +204,7 @@ def sha256(paths):
 
 
 def explore(session, root, enter_clips=False):
-    """[(clip_key, path)] of the clip folders below `root`, and [path] of the files outside of them, or all; sorted.
-
-    Hidden folders are passed by, and those that the dataset's frames and landmarks skip.
-    """
+    """[(clip_key, path)] of the clip folders below `root`, and [path] of the files outside of them, or all; sorted."""
     clips, files, skipped = [], [], SOURCES[session].skipped
     for folder, children, names in os.walk(root, followlinks=True):
         files += [os.path.join(folder, name) for name in names]
@@ -198,19 +223,20 @@ def find_landmarks(session, place):
             if key in marks:
                 sys.exit(f"error: two landmark files for one clip, keep one: {marks[key][0]}, {path}")
             marks[key] = [path]
-    return marks or sys.exit(f"error: {place}: no landmark files; see --help for how they are named")
+    return marks or sys.exit(f"error: {place}: no landmark files, {found_in(place)}; see --help for their names")
 
 
 def clip_key(session, path):
-    """What a path's end tells: (clip,), (subject, clip) or (subject, clip, onset), in lower case, or None."""
+    """What a path's end tells, the groups of Source.clips: texts in lower case and numbers, or None."""
     match = re.fullmatch(rf"(?:.*/)?(?:{SOURCES[session].clips})", path.lower().replace(os.sep, "/"))
-    return match and tuple(int(group) if group.isdigit() else group for group in match.groups() if group)
+    return match and tuple(int(group) if group.isdigit() else group for group in match.groups() if group is not None)
 
 
 def of_clip(index, row):
     """The first path that `index` {clip_key: paths} has for a row's clip, or None."""
     key = (row["subject"], row["clip"].lower(), row["onset"])
-    return next((index[k][0] for k in (key, key[:2], key[1:2]) if k in index), None)
+    keys = (key, (*key[:2], "", row["apex"]), key[:2], key[1:2])
+    return next((index[key][0] for key in keys if key in index), None)
 
 
 # ---- the annotation sheet --------------------------------------------------------------------------------------------
@@ -220,8 +246,9 @@ def find_sheet(session, root, files):
     tables = [path for path in files if re.fullmatch(r"[^.~].*\.(xlsx?|csv)", os.path.basename(path).lower())]
     for path in tables:
         stem, extension = os.path.splitext(os.path.basename(path).lower())
-        for place, sheet in enumerate(map(plain, source.sheets)):
-            if sheet in plain(stem) and extension != ".xls":  # the very name goes first, and an .xlsx before its .csv
+        for place, sheet in enumerate(map(plain, source.sheets + source.copies)):
+            fits = sheet == plain(stem) or sheet in plain(stem) and place < len(source.sheets)
+            if fits and extension != ".xls":  # the very name goes first, and an .xlsx before its .csv
                 ranks.setdefault(path, (place, plain(stem) != sheet, extension == ".csv"))
     best = [path for path in ranks if ranks[path] == min(ranks.values())]
     if not best:
@@ -234,10 +261,7 @@ def find_sheet(session, root, files):
 
 
 def read_sheet(session, path):
-    """The rows of an annotation sheet, wherever its header and its columns stand: a list of dicts of stripped text.
-
-    Keys: dataset; the values of COLUMNS; and row, the row's number in the sheet counted from 1.
-    """
+    """The rows of an annotation sheet, dicts: session, the values of COLUMNS (stripped texts), row (counted from 1)."""
     extension, source, seen = os.path.splitext(path)[1], SOURCES[session], "no cell Subject"
     try:
         if extension.lower() == ".csv":
@@ -259,56 +283,53 @@ def read_sheet(session, path):
             cells = ["" if cell is None else str(cell).strip() for cell in cells]
             if len(places) == len(COLUMNS):
                 row = {word: (cells + [""] * (i + 1))[i] for word, i in places.items()}
-                rows += [{"dataset": session, **row, "row": number}] * any(row.values())
+                rows += [{"session": session, **row, "row": number}] * any(row.values())
             else:  # the header is still to come; the first of two columns with one name counts
                 names = [COLUMNS.get(re.sub("^estimated|frame$", "", plain(cell))) for cell in cells]
                 places = {word: names.index(word) for word in names if word}
                 seen = "only the columns " + ", ".join(filter(None, cells)) if "subject" in names else seen
         if len(places) == len(COLUMNS):
             return rows
-    sys.exit(f"error: {path}: has {seen}; needed: Subject, Filename, Onset[Frame], Apex[Frame], Offset[Frame],"
-             f" [Estimated] Emotion, as in the sheet of {source.title} ({source.page})")  # fmt: skip
+    sys.exit(f"error: {path}: has {seen}; needed: Subject, Filename, Onset[Frame], Apex[Frame], [Estimated]"
+             f" Emotion, as in the sheet of {source.title} ({source.page})")  # fmt: skip
 
 
-def judge(session, rows, out):
-    """Normalise the rows in place; add the image's path, or the reason why the sheet alone rules a row out.
-
-    Wrong rows are never repaired: the circulating copies of the sheets do so and disagree.
-    """
+def judge(session, rows):
+    """Normalise the rows in place; add the image's key, or the reason why the sheet alone rules a row out."""
     source, seen = SOURCES[session], {}
     for row in rows:
         word, subject = row["emotion"].lower(), re.search(r"\d+", row["subject"])
         row["emotion"] = (data.ALIASES | source.renamed).get(word, word) or "(blank)"
         row["subject"] = int(subject.group()) if subject else row["subject"]
-        frames = [re.fullmatch(r"(\d+)(\.0*)?", row[name]) for name in ("onset", "apex", "offset")]
-        onset, apex, offset = (int(frame.group(1)) if frame else math.nan for frame in frames)
-        key = (row["subject"], row["clip"].lower(), onset if source.many else None)
-        reasons = {  # the first that holds is given
-            "emotion outside Table 1": row["emotion"] not in data.DATASETS[session].emotions,
-            "no subject or no file name": not subject or not row["clip"],
-            "onset, apex or offset is not a number": not all(frames),
-            "offset is 0": offset == 0,
-            "apex outside onset..offset": not onset <= apex <= offset,
+        for name in ("onset", "apex"):
+            frame = re.fullmatch(r"(\d+)(\.0*)?", row[name])
+            row[name] = int(frame.group(1)) if frame else ""
+        onset, apex = row["onset"], row["apex"]
+        clip = (row["subject"], row["clip"].lower(), onset if source.many else None)
+        reasons = {  # the first that holds; wrong rows are never repaired: the sheets' copies do so and disagree
+            UNLISTED[0]: row["emotion"] not in data.DATASETS[session].emotions,
+            UNLISTED[1]: not subject or not row["clip"],
+            "onset or apex is not a number": "" in (onset, apex),
+            "apex before onset": "" not in (onset, apex) and apex < onset,  # behind the offset: the frames tell
             "onset = apex": onset == apex,
-            "same clip as another row": key in seen,
+            "same clip as another row": clip in seen,
         }
         row["reason"] = next((reason for reason, holds in reasons.items() if holds), "")
-        row["detail"] = f"row {seen[key]} is used" if row["reason"] == "same clip as another row" else ""
+        row["detail"] = f"row {seen[clip]} is used" if row["reason"] == "same clip as another row" else ""
         if not row["reason"]:
-            seen[key] = row["row"]
-            row |= {"onset": onset, "apex": apex, "offset": offset}
-            clip = re.sub(r"[^\w.-]", "-", row["clip"])
-            name = f"sub{row['subject']:0{source.digits}d}_{clip}_onset{onset}_apex{apex}.png"
-            row["path"] = os.path.join(out, f"{session}_{row['emotion']}", name)
+            seen[clip] = row["row"]
+            name = re.sub(r"[^\w.-]", "-", row["clip"])
+            name = f"sub{row['subject']:0{source.digits}d}_{name}_onset{onset}_apex{apex}.png"
+            row["key"] = f"{session}_{row['emotion']}/{name}"
 
 
 # ---- from two frames to an image -------------------------------------------------------------------------------------
-def make_image(row, size):
+def make_image(row, out, size, keep_flow):
     """Write a row's flow image. Returns "", "" or, where there is none, the reason and its detail."""
     import cv2
 
-    folder, files, images = row["folder"], {}, []
-    if os.path.exists(row["path"]):  # another run has made it meanwhile
+    folder, files, images, path = row["folder"], {}, [], os.path.join(out, row["key"])
+    if os.path.exists(path):  # another run has made it meanwhile
         return "", ""
     if folder is None:
         return "no clip folder", ""
@@ -340,10 +361,13 @@ def make_image(row, size):
     if np.array_equal(onset, apex):
         return "onset and apex frame are the same", folder
     flow = cv2.calcOpticalFlowFarneback(onset, apex, None, **FARNEBACK)  # (H, W, 2), x to the right, y down
-    coded, png = Image.fromarray(data.flow_to_image(flow[None])[0].transpose(1, 2, 0)), io.BytesIO()
-    coded.resize((size, size), Image.Resampling.BILINEAR).save(png, "PNG")
-    os.makedirs(os.path.dirname(row["path"]), exist_ok=True)
-    protocols.write(row["path"], png.getvalue())
+    coded, npy, png = data.flow_to_image(flow[None])[0].transpose(1, 2, 0), io.BytesIO(), io.BytesIO()
+    Image.fromarray(coded).resize((size, size), Image.Resampling.BILINEAR).save(png, "PNG")
+    np.save(npy, flow)
+    kept = [(os.path.join(out, ".flow", row["key"][:-4] + ".npy"), npy)] * keep_flow  # hidden: no folder of images
+    for place, file in [*kept, (path, png)]:  # where the image is, the flow is too
+        os.makedirs(os.path.dirname(place), exist_ok=True)
+        protocols.write(place, file.getvalue())
     return "", ""
 
 
@@ -368,9 +392,33 @@ def crop_box(points, width, height):
     return left, top, right, bottom
 
 
-# ---- the two files that tell of all sessions -------------------------------------------------------------------------
+# ---- the files that tell of all sessions -----------------------------------------------------------------------------
+def fold_order(line):
+    """Where a session's line stands in folds.csv. Its emotion does not count: the sheets' copies disagree on it."""
+    return line["subject"], line["clip"].lower(), line["onset"] == "", line["onset"]
+
+
+def assign_folds(session, lines):
+    """Give the lines of a session, in their order, their folds; too few lines get none, and a note."""
+    try:
+        for protocol in ("slcv", "ilcv"):
+            for fold, test in enumerate(protocols.split([line["subject"] for line in lines], protocol)):
+                for i in test:
+                    lines[i][protocol] = fold
+    except ValueError as error:
+        print(f"folds.csv gets no lines of {session}: {error}", flush=True)
+
+
+def write_folds(out, sessions, rows):
+    """Write folds.csv: the rows that have folds, with the key of the image where there is, or will be, one."""
+    rows = sorted((row for row in rows if "ilcv" in row), key=fold_order)
+    lines = [row | {"clip": row["clip"].lower(), "key": "" if row["reason"] else row["key"]} for row in rows]
+    if lines:
+        write_table(out, "folds.csv", sessions, lines)
+
+
 def lock(out):
-    """An open file: until it is closed, no other run rewrites the two files."""
+    """An open file: until it is closed, no other run rewrites these files."""
     file = open(os.path.join(out, ".lock"), "w")
     with contextlib.suppress(ImportError, OSError):  # Windows and some network drives have no such lock
         import fcntl
@@ -386,31 +434,31 @@ def settle(out, settings):
     if "prepare.json" not in names and not all(name[0] == "." or name.endswith(".part") for name in names):
         sys.exit(f"error: {out}: not a folder that prepare made; --out takes a new or empty one, or one to go on with")
     with lock(out):
-        read_report(out)  # if it cannot be read, now is the time to say so
-        pairs = []  # name, value in OUT, value now
-        if os.path.exists(path):
-            try:
-                old = json.loads(Path(path).read_text("utf-8"))
-                pairs += [(name, old[name], settings[name]) for name in ("size", "farneback")]
-                for session, now in settings["sessions"].items():
-                    before = old["sessions"].get(session, now)
-                    pairs += [(f"{session} {name}", before[name], now[name]) for name in now if name != "sheet"]
-                settings["sessions"] = old["sessions"] | settings["sessions"]
-                settings["versions"] = old["versions"] + [v for v in settings["versions"] if v not in old["versions"]]
-            except (ValueError, KeyError, TypeError, AttributeError):
-                sys.exit(f"error: {path}: not readable as what prepare writes; use another --out")
+        for name in TABLES:
+            read_table(out, name)  # if one cannot be read, now is the time to say so
+        try:
+            old = json.loads(Path(path).read_text("utf-8")) if os.path.exists(path) else settings
+            names = ("size", "flow", "coding", "farneback")
+            pairs = [(name, old.get(name, settings[name]), settings[name]) for name in names]  # value in OUT, value now
+            for session, now in settings["sessions"].items():
+                before = old["sessions"].get(session, now)
+                pairs += [(f"{session} {name}", before[name], now[name]) for name in now if name != "sheet"]
+            settings["sessions"] = old["sessions"] | settings["sessions"]
+            settings["versions"] = old["versions"] + [v for v in settings["versions"] if v not in old["versions"]]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            sys.exit(f"error: {path}: not readable as what prepare writes; use another --out")
         for name, before, now in pairs:
             if before != now:
                 sys.exit(f"error: {out}: was made with {name} {before}, this is {now}; use another --out")
         protocols.write(path, json.dumps(settings, indent=1).encode())
 
 
-def read_report(out):
-    """The rows of OUT's report.csv, dicts; none if there is none."""
-    path = os.path.join(out, "report.csv")
+def read_table(out, name):
+    """The lines of one of OUT's TABLES, dicts; none if there is none."""
+    path = os.path.join(out, name)
     try:
         reader = csv.DictReader(io.StringIO(Path(path).read_bytes().decode(), newline=""))
-        if reader.fieldnames != REPORT:
+        if reader.fieldnames != TABLES[name]:
             raise ValueError("other columns")
         return list(reader)
     except FileNotFoundError:
@@ -419,27 +467,33 @@ def read_report(out):
         sys.exit(f"error: {path}: not readable as what prepare writes ({error}); delete it and run again")
 
 
-def report(out, sessions, rows):
-    """Write report.csv (rows of other sessions in it stay), and print counts per emotion and per reason."""
-    path, text = os.path.join(out, "report.csv"), io.StringIO(newline="")
-    dropped = [row for row in rows if row["reason"]]
+def write_table(out, name, sessions, lines):
+    """Write one of OUT's TABLES, session by session; the lines of other sessions in it stay."""
+    text = io.StringIO(newline="")
     with lock(out):
-        writer = csv.DictWriter(text, REPORT, extrasaction="ignore")
+        lines = [line for line in read_table(out, name) if line["session"] not in sessions] + lines
+        writer = csv.DictWriter(text, TABLES[name], extrasaction="ignore")
         writer.writeheader()
-        writer.writerows([row for row in read_report(out) if row["dataset"] not in sessions] + dropped)
-        protocols.write(path, text.getvalue().encode())
-    print(f"{'session':8s} {'emotion':12s} {'sheet':>7s} {'Table 1':>7s} {'usable':>7s}")
+        writer.writerows(line for session in data.DATASETS for line in lines if line["session"] == session)
+        protocols.write(os.path.join(out, name), text.getvalue().encode())
+
+
+def report(out, sessions, rows):
+    """Write report.csv, and print counts per emotion and per reason."""
+    dropped = [row for row in rows if row["reason"]]
+    write_table(out, "report.csv", sessions, dropped)
+    print(f"{'session':8s} {'emotion':12s} {'sheet':>7s} {'Table 1':>7s} {'usable':>7s} {'expected':>8s}")
     for session in sessions:
-        listed = list(data.DATASETS[session].emotions)
-        sheet = Counter(row["emotion"] for row in rows if row["dataset"] == session)
-        usable = Counter(row["emotion"] for row in rows if row["dataset"] == session and not row["reason"])
-        words = listed + sorted(set(sheet) - set(listed))
-        counts = {word: (sheet[word], sheet[word] * (word in listed), usable[word]) for word in words}
-        for word, numbers in [*counts.items(), ("all", [sum(column) for column in zip(*counts.values())])]:
+        known, own = data.DATASETS[session].emotions, [row for row in rows if row["session"] == session]
+        sheet = Counter(row["emotion"] for row in own)
+        usable = Counter(row["emotion"] for row in own if not row["reason"])
+        counts = {word: [sheet[word], sheet[word] * (word in known), usable[word]] for word in [*known, *sorted(sheet)]}
+        counts["all"] = [sum(column) for column in zip(*counts.values())] + [SOURCES[session].usable]
+        for word, numbers in counts.items():
             print(f"{session:8s} {word:12s}" + "".join(f" {number:7d}" for number in numbers))
-    for (session, reason), count in sorted(Counter((row["dataset"], row["reason"]) for row in dropped).items()):
+    for (session, reason), count in sorted(Counter((row["session"], row["reason"]) for row in dropped).items()):
         print(f"left out: {count:5d} rows of {session}: {reason}")
-    print(f"{path}: the {len(dropped)} rows that were left out, each with its reason")
+    print(f"{os.path.join(out, 'report.csv')}: the {len(dropped)} rows that were left out, each with its reason")
 
 
 if __name__ == "__main__":

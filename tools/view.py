@@ -3,8 +3,10 @@
     python -m tools.view export --out processed                    the synthetic stream as a processed folder
     python -m tools.view show --data processed --out sheet.png     a few images of every session and emotion
     python -m tools.view check --data processed                    samples beside the official sheets' counts
+    python -m tools.view folds --data processed                    write down the folds, for a folder without folds.csv
 
-Without --data, show and check take the synthetic stream.
+Without --data, show and check take the synthetic stream. tools.prepare writes a folds.csv of the official sheets; that
+of `folds` holds the folds that the images have had without it, which stay when an image goes.
 """
 
 import io
@@ -17,6 +19,7 @@ from PIL import Image, ImageDraw
 import common
 import data
 import protocols
+from tools import prepare
 
 
 def export(sessions, out):
@@ -72,24 +75,48 @@ def check(sessions):
             print(f"    {emotion:11s} {own:5d} of {'?' if count is None else count:>5}{difference}")
 
 
+def folds(sessions, path):
+    """Write folds.csv into a processed folder: a line per image, with the folds that protocols.Run gives it without."""
+    lines = []
+    for session in sessions:
+        own = [{"session": session.name, "subject": int(subject), "onset": "", "key": str(key), "reason": "",
+                "clip": os.path.splitext(os.path.basename(key))[0]}
+               for subject, key in zip(session.subjects, session.keys)]  # fmt: skip
+        prepare.assign_folds(session.name, own)
+        lines += own
+    prepare.write_folds(path, [session.name for session in sessions], lines)
+    print(f"{path}: {sum('ilcv' in line for line in lines)} lines in folds.csv")
+
+
+TAKES = {"export": ("out", "sessions"), "show": ("out", "data", "sessions"), "check": ("data", "sessions"),
+         "folds": ("data",)}  # fmt: skip
+
+
 def main():
     p = common.parser(__doc__)
-    p.add_argument("command", choices=("export", "show", "check"))
+    p.add_argument("command", choices=list(TAKES))
     p.add_argument("--data", metavar="PATH", help="processed folder (default: the synthetic stream)")
-    p.add_argument("--sessions", nargs="+", default=data.STREAM, choices=data.DATASETS, metavar="NAME",
+    p.add_argument("--sessions", nargs="+", choices=data.DATASETS, metavar="NAME",
                    help=f"of {', '.join(data.DATASETS)} (default: {' '.join(data.STREAM)})")  # fmt: skip
     p.add_argument("--size", type=int, default=common.TINY_SIZE, metavar="N", help="image side in pixels (default: 48)")
     p.add_argument("--out", metavar="PATH", help="export: a new or empty folder; show: a file FILE.png")
     args = p.parse_args()
-    if args.command == "check" and args.out is not None or args.command == "export" and args.data is not None:
-        sys.exit(f"error: {args.command} takes no {'--out' if args.command == 'check' else '--data'}")
-    if args.command != "check" and not args.out:
-        sys.exit(f"error: {args.command} needs --out")
+    for option in ("out", "data", "sessions"):
+        if getattr(args, option) is not None and option not in TAKES[args.command]:
+            sys.exit(f"error: {args.command} takes no --{option}")
+    needed = {"check": "command", "folds": "data"}.get(args.command, "out")
+    if not getattr(args, needed):
+        sys.exit(f"error: {args.command} needs --{needed}")
     if args.command == "show" and not args.out.lower().endswith(".png"):
         sys.exit(f"error: --out {args.out}: show writes a file whose name ends with .png")
     if not 8 <= args.size <= 1024:
         sys.exit(f"error: --size {args.size}: must be 8 to 1024 pixels")
-    sessions = list(dict.fromkeys(args.sessions))
+    sessions = list(dict.fromkeys(args.sessions or data.STREAM))
+    if args.command == "folds" and os.path.isdir(args.data):  # of all sessions that are there
+        words = {name.lower().partition("_")[0] for name in os.listdir(args.data)}
+        if "folds.csv" in words:
+            sys.exit(f"error: {args.data}: has a folds.csv already")
+        sessions = [name for name in data.DATASETS if name in words] or sessions
     if args.data is None:
         print("Synthetic stream: made-up flow images.")
         sessions = data.synthetic(args.size, sessions=sessions)
@@ -98,7 +125,7 @@ def main():
     if args.command == "check":
         check(sessions)
     else:
-        {"export": export, "show": show}[args.command](sessions, args.out)
+        {"export": export, "show": show, "folds": folds}[args.command](sessions, getattr(args, needed))
 
 
 if __name__ == "__main__":
