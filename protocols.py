@@ -213,7 +213,8 @@ class Run:
             cells.append("".join(f"{100 * share:6.1f}" for share in shares))
         emotions = len(set(saved["row_emotion"][: saved[f"scores_{t}"].shape[1]]))
         line = f"{fold:4d}  {self.sessions[t].name:7s}  {emotions:8d}  {cells[0]}  {saved['seconds'][t]:7.1f}"
-        print(line + "".join(f"  {' ' * len(name)}{cell}" for name, cell in zip(names, cells[1:])) + remark, flush=True)
+        more = "".join(f"  {' ' * len(name)}{cell}" for name, cell in zip(names, cells[1:]))
+        print(f"{line}{more}{remark}\n", end="", flush=True)  # in one piece: other processes print, too
 
     def summary(self):
         """Print means, standard deviations, the commonest emotion and the T x T matrix, of all folds that are there.
@@ -227,7 +228,7 @@ class Run:
 
         def row(label, *cells):
             texts = [f"{c:12.2f}" if isinstance(c, float) else f"{c:>12s}" for c in cells]
-            print(f"{label:28s}" + "".join(texts), flush=True)  # whole lines, beside those of other processes
+            print(f"{label:28s}{''.join(texts)}\n", end="", flush=True)  # whole lines, beside other processes' lines
 
         print(f"\n{len(folds)} of {count} folds, in %")
         if self.info["arguments"]["protocol"] == "loso":  # a fold is one person: only pooled numbers mean anything

@@ -1136,6 +1136,26 @@ def test_readme_is_true():
     assert methods == METHODS
 
 
+def test_sum_of_rows_is_ridge_on_emotions():
+    """RCH meets ridge: the sum of the rows' scores is ridge regression on merged labels; the sessions in any order."""
+    generator, rows = torch.Generator().manual_seed(0), rch.RCH()
+    for name in data.STREAM:
+        rows.add_session(data.DATASETS[name].emotions)
+    merge, ends = torch.from_numpy(np.eye(9)[rows.row_emotion]), [0, 5, 10, 16, 23]  # A (R, E)
+    hs = [torch.randn(n, 500, generator=generator).relu() for n in (60, 40, 80, 150)]
+    ys = [F.one_hot(torch.randint(ends[t], ends[t + 1], (len(h),), generator=generator), 23) for t, h in enumerate(hs)]
+    by_rows, by_emotions = ranpac.LowRankRidge(500), ranpac.LowRankRidge(500)
+    for h, y in zip(hs, ys):
+        by_rows.update(h, y)
+    for h, y in reversed(list(zip(hs, ys))):
+        by_emotions.update(h, y.double() @ merge)
+    for lam in (1.0, 1e3):
+        scores = (torch.cat(hs).double() @ by_rows.weights(lam)).numpy()
+        summed = torch.from_numpy(rch.remap(scores, rows.row_emotion, rows.row_session, "sum"))
+        expected = torch.cat(hs).double() @ by_emotions.weights(lam)
+        assert (summed - expected).norm() < 1e-10 * expected.norm()
+
+
 if __name__ == "__main__":
     for script in SCRIPTS:
         print(f'"{script}": {[round(share, 1) for share in trace(script).accuracies]},')

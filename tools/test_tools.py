@@ -51,7 +51,7 @@ SHEETS = {"casme2": "CASME II/CASME2-coding-20140508.xlsx", "samm": "SAMM/SAMM_M
           "casme3": "CAS(ME)^3/annotation/partA/cas(me)3_part_A_ME_label_JpgIndex_v2.xlsx"}
 MMEW, CLIPS = "Micro_and_Macro_Expression_Warehouse/MMEW_Final/", "Part_A_ME_clip/Part_A_ME_clip/"
 MACRO, MAE = MMEW + "Macro_Expression/{e}/{c}/{n}.jpg", "Part_A_MaE_clip/frame/spNo.{s}_{c}_{o}/{n}.jpg"
-COLOR = "part_A/data/part1/spNO.{s}/{c}/color/{n}.jpg"
+COLOR, CODE = "part_A/data/part1/spNO.{s}/{c}/color/{n}.jpg", "part_A/{e}/spNO.{s}k{a}/{n}.jpg"
 FRAMES = {  # of subject s, clip c, emotion e, onset o, frame n: the right ones, then decoys
     "casme2": ["CASME2_RAW_selected/CASME2_RAW_selected/sub{s:02d}/{c}/img{n}.jpg"],
     "samm": ["SAMM/{s:03d}/{c}/{s:03d}_{n:05d}.jpg"],
@@ -63,8 +63,8 @@ MARKS = {  # landmark files: the right one, then decoys
     "casme2": ["sub{s:02d}/{c}.npy"], "samm": ["{s:03d}/{c}.npy"], "dfme": ["{c}.npy"],
     "mmew": ["{e}/{c}/{c}.npy", "Macro_Expression/{e}/{c}/{c}.npy", "{e}/macro/{c}.npy"],
     "casme3": ["spNO.{s}/{c}/color/color.npy", "part_C/spNO.{s}/{c}/color/color.npy"]}
-LABEL, NUMBER, NAME = "emotion outside Table 1", "onset, apex or offset is not a number", "no subject or no file name"
-TWICE, ORDER, FOLDER = "same clip as another row", "apex outside onset..offset", "no clip folder"
+LABEL, NUMBER, NAME = "emotion outside Table 1", "onset or apex is not a number", "no subject or no file name"
+TWICE, ORDER, FOLDER = "same clip as another row", "apex before onset", "no clip folder"
 ROWS = {  # subject, clip, onset, apex, offset, label, image or reason; frames, if not as above, None if there are none
     "casme2": [
         ("01", "EP02_01f", 46, 59, 86, "happiness", "happiness/sub01"),
@@ -73,8 +73,8 @@ ROWS = {  # subject, clip, onset, apex, offset, label, image or reason; frames, 
         (3, "EP06_02_01", 99.0, 101, 110, "repression", "repression/sub03", "sub03/{c}/{n:05d}.bmp"), (None,) * 8,
         ("26", "EP01_2", "7", " 9 ", "12", " Surprise ", "surprise/sub26"), ("24", "EP1", 1, 2, 3, "sadness", LABEL),
         ("09", "EP02_02f", 1, 2, 3, "fear", LABEL), ("23", "EP01_09", 4, 9, 10, None, LABEL),
-        ("04", "EP12_01f", 1, "/", 3, "disgust", NUMBER, None), ("05", "EP03_07", 5, 9, None, "others", NUMBER),
-        ("05", "EP09_05f", 69, 69, 80, "disgust", "onset = apex"), ("05", "EP03_01", 5, 9, 0, "others", "offset is 0"),
+        ("04", "EP12_01f", 1, "/", 3, "disgust", NUMBER, None), ("05", "EP03_07", 5, 9, None, "others", "others/sub05"),
+        ("05", "EP09_05f", 69, 69, 80, "disgust", "onset = apex"), ("05", "EP03_01", 5, 9, 0, "others", "others/sub05"),
         ("01", "EP02_01f", 47, 59, 86, "disgust", TWICE, None), ("22", None, 4, 9, 10, "others", NAME, None),
         ("?", "EP01_01", 4, 9, 10, "others", NAME, None), ("18", "EP08_01", 4, 9, 10, "others", FOLDER, None),
         ("17", "EP05_02", 4, 9, 10, "others", "apex frame missing"),
@@ -88,7 +88,7 @@ ROWS = {  # subject, clip, onset, apex, offset, label, image or reason; frames, 
         ("013", "013_1_8", 562, 570, 580, "Other", "others/sub013", "SAMM/013/013_1_8/013_{n:04d}.jpg"),
         ("011", "011_4_2", 4, 10, 20, "Contempt", "contempt/sub011"), ("024", "024_1_1", 5, 6, 7, "Disgust", LABEL),
         ("032", "032_3_2", 5126, 5127, 5180, "Surprise", "surprise/sub032"),
-        ("028", "028_4_1", 1100, 1143, 1134, "Happiness", ORDER), ("032", "032_3_1", 4919, 1930, 4976, "Anger", ORDER)],
+        ("028", "028_4_1", 9, 43, 34, "Anger", "apex frame missing"), ("032", "032_3_1", 49, 19, 50, "Anger", ORDER)],
     "mmew": [  # the second one's folder is stale
         (3, "S03-01-002", 1, 5, 9, "happiness", "happiness/sub03"), (1, "S01-07-001", 1, 5, 9, "anger", LABEL),
         (4, "S04-02-001", 2, 8, 9, "surprise", "surprise/sub04", MMEW + "Micro_Expression/disgust/{c}/{n}.jpg"),
@@ -97,11 +97,12 @@ ROWS = {  # subject, clip, onset, apex, offset, label, image or reason; frames, 
         (5, "S05-04-001", 1, 5, 9, "others", FOLDER, MACRO)],
     "casme3": [
         ("spNO.1", "a", "355", "360", "370", "happy", "happiness/sub001"),
-        ("spNO.1", "a", "400", "405", "410", "sad", "sad/sub001"), ("spNO.4", "e", "1", "2", "0", "sad", "offset is 0"),
+        ("spNO.1", "a", "400", "405", "410", "sad", "sad/sub001"), ("spNO.4", "e", "1", "2", "0", "sad", "sad/sub004"),
         ("spNO.12", "J", "5", "9", "20", "Others", "others/sub012", COLOR),
         ("spNO.12", "J", "50", "59", "70", "anger", "anger/sub012", COLOR),
         ("spNO.12", "J", "500", "505", "510", "fear", "fear/sub012"),
         ("spNO.12", "J", "80", "85", "99", "disgust", "onset frame missing", None),
+        ("spNO.7", "K", 31, 37, 60, "sad", "sad/sub007", CODE), ("spNO.8", "K", 3, 7, 9, "fear", "fear/sub008", CODE),
         ("spNO.1", "a", "355", "361", "370", "happy", TWICE, None),
         ("spNO.1", "a", "900", "905", "910", "sad", FOLDER, MAE), ("spNO.149", "d", "112", "83", "358", "sad", ORDER),
         ("spNO.216", "d", "3647", "2668", "2694", "sad", ORDER), ("spNO.2", "e", "0", "0", "5", "sad", "onset = apex")],
@@ -109,7 +110,8 @@ ROWS = {  # subject, clip, onset, apex, offset, label, image or reason; frames, 
         ("sub0003", "sub0003_01", 46, 60, 90, "happiness", "happiness/sub0003"),
         ("sub0003", "sub0003_02", 0, 5, 9, "sadness", "sad/sub0003", "train_data/{c}/{n:05d}.PNG"),
         ("sub0650", "sub0650_11", 3, 5, 9, "contempt", "contempt/sub0650", "USTC_partB/micro/fear/{c}/{n:05d}.png"),
-        ("sub0650", "sub0650_12", 3, 5, 9, "fear", "fear/sub0650")]}
+        ("sub0650", "sub0650_12", 3, 5, 9, "fear", "fear/sub0650"),
+        *[(f"sub{s}", f"sub{s}_01", 3, 5, 9, "anger", FOLDER, None) for s in (1000, 1001, 1002)]]}
 UNUSABLE = "landmarks cannot be used"
 BAD_MARKS = {  # clip: what its landmark file holds instead, None being no file; the reason; a part of the detail
     "006_1_2": (None, "no landmarks", ""), "013_1_8": (np.zeros((5, 2)), UNUSABLE, "(5, 2)"),
@@ -189,7 +191,7 @@ def make_tree(raw, marks):
     homes = {session: f"{raw}/{sheet.split('/')[0]}" for session, sheet in SHEETS.items()}
     for row, angle in ANGLES.items():
         session, subject, name, onset, apex, _, label, gives, *frames = row
-        names, (right, *decoys) = {"s": number(subject), "c": name, "e": label, "o": onset}, FRAMES[session]
+        names, (right, *decoys) = dict(s=number(subject), c=name, e=label, o=onset, a=apex), FRAMES[session]
         if frames != [None]:
             clip(f"{homes[session]}/{(frames or [right])[0]}", number(onset), number(apex), angle, **names)
         if row in EXPECTED.values():
@@ -204,6 +206,7 @@ def make_tree(raw, marks):
             save(f"{os.path.dirname(f'{raw}/{sheet}')}/{other}", b"not to be read")
     sub = f"{homes['casme2']}/CASME2_RAW_selected/CASME2_RAW_selected/sub"
     os.remove(f"{sub}17/EP05_02/img9.jpg")
+    os.remove(f"{homes['samm']}/SAMM/028/028_4_1/028_00043.jpg")
     save(f"{sub}17/EP05_03/img4.jpg", b"")
     os.truncate(f"{sub}17/EP05_04/img9.jpg", 1500)
     save(f"{sub}20/EP01_03/img9.jpg", TEXTURE)
@@ -218,12 +221,12 @@ def tiny(root, sheet="CASME2-coding-20140508.xlsx"):
     return ["--raw", f"{root}/raw", "--out", f"{root}/out", "--size", 64, "--sessions", "casme2"]
 
 
-def prepare_here(*words):
-    """prepare.main() in this process: what it printed, or the one line "error: ..." that it ended with."""
+def prepare_here(*words, main=prepare.main):
+    """main() in this process: what it printed, or the one line "error: ..." that it ended with."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.setattr(sys, "argv", ["prepare.py", *map(str, words)])
         try:
-            common.launch(prepare.main)
+            common.launch(main)
         except SystemExit as stop:
             return str(stop.code or out.getvalue())
     return out.getvalue()
@@ -252,11 +255,17 @@ def shows(path, angle, place=PLACE, tolerance=0.06):
 
 
 def reasons(out):
-    """[(dataset, subject, clip, reason)] of report.csv, and {clip: (row, detail)}."""
-    with open(f"{out}/report.csv", encoding="utf-8", newline="") as text:
-        rows = list(csv.DictReader(text))
-    columns = [tuple(row[name] for name in ("dataset", "subject", "clip", "reason")) for row in rows]
+    """[(session, subject, clip, reason)] of report.csv, and {clip: (row, detail)}."""
+    rows = list(csv.DictReader(Path(f"{out}/report.csv").read_text("utf-8").splitlines()))
+    columns = [tuple(row[name] for name in ("session", "subject", "clip", "reason")) for row in rows]
     return columns, {row["clip"]: (row["row"], row["detail"]) for row in rows}
+
+
+def folds(out):
+    """Of folds.csv: the lines without the keys, and {key: (slcv, ilcv)}."""
+    lines = list(csv.DictReader(Path(f"{out}/folds.csv").read_text("utf-8").splitlines()))
+    keys = {line.pop("key"): (int(line["slcv"]), int(line["ilcv"])) for line in lines}
+    return [tuple(line.values()) for line in lines], keys
 
 
 @pytest.fixture(scope="module")
@@ -268,23 +277,25 @@ def prepared(tmp_path_factory):
     return root, words, prepare_here(*words)
 
 
-# ---- prepare: what is written, what is left out ----------------------------------------------------------------------
+# ---- prepare: what is written, what is left out, folds ---------------------------------------------------------------
 def test_every_usable_row_gives_an_image_of_its_own_frames_and_every_other_a_reason(prepared):
     root, _, screen = prepared
     assert set(images(f"{root}/out")) == set(EXPECTED), screen
     assert [path for path, row in EXPECTED.items() if not shows(f"{root}/out/{path}", ANGLES[row])] == []
     sessions = {session.name: session for session in data.load(f"{root}/out", list(HEADERS), 32)}
     assert sorted(key for one in sessions.values() for key in one.keys) == sorted(EXPECTED)
-    assert sessions["casme2"].subjects.tolist() == [1, 1, 2, 3, 26] and sessions["mmew"].labels[2] == "sad"
+    assert sessions["casme2"].subjects.tolist() == [1, 1, 2, 5, 5, 3, 26] and sessions["mmew"].labels[2] == "sad"
     assert not any(".jpg" in path for path in prepare.explore("samm", f"{root}/raw/SAMM")[1])  # clips are not entered
     rows, details = reasons(f"{root}/out")
-    assert rows == DROPPED and details["028_4_1"] == ("21", "") and details["EP02_01f"] == ("15", "row 2 is used")
+    assert rows == DROPPED and details["032_3_1"] == ("22", "") and details["EP02_01f"] == ("15", "row 2 is used")
     assert re.fullmatch("frame 9 in .*sub17/EP05_02", details["EP05_02"][1])
-    assert "left out:     2 rows of samm: apex outside onset..offset\n" in screen
-    counts = {tuple(line[:2]): " ".join(line[2:]) for line in map(str.split, screen.splitlines()) if len(line) == 5}
+    assert "left out:     1 rows of samm: apex before onset\n" in screen
+    assert re.findall("warning: (.*): its raw frames stay whole", screen) == ["casme2", "samm", "dfme"]
+    counts = {tuple(line[:2]): " ".join(line[2:]) for line in map(str.split, screen.splitlines()) if 4 < len(line) < 7}
     for session, word, numbers in (  # rows in the sheet, in Table 1, usable; words as they are after normalising
-        ("casme2", "others", "12 12 1"), ("casme2", "(blank)", "1 0 0"), ("casme2", "sad", "1 0 0"),
-        ("casme2", "all", "22 19 5"), ("samm", "all", "8 6 4"), ("mmew", "repression", None), ("dfme", "fear", "1 1 1"),
+        ("casme2", "others", "12 12 3"), ("casme2", "(blank)", "1 0 0"), ("casme2", "sad", "1 0 0"),
+        ("casme2", "all", "22 19 7 244"), ("samm", "all", "8 6 4 134"), ("mmew", "all", "6 5 4 292"),
+        ("mmew", "repression", None), ("casme3", "all", "14 14 8 801"), ("dfme", "all", "7 7 4 1856"),
     ):  # fmt: skip
         assert counts.get((session, word)) == numbers
 
@@ -293,62 +304,76 @@ def test_second_run_makes_only_what_is_missing_and_with_other_settings_nothing(p
     root, words, screen = prepared
     out, settings, samm = root / "out", root / "out" / "prepare.json", root / "raw" / "SAMM"
     sheet, key = samm / "SAMM_Micro_FACS_Codes_v2.xlsx", "samm_anger/sub006_006_1_2_onset5562_apex5567.png"
-    before, rows, kept = images(out), reasons(out), settings.read_text()
-    assert "22 images are there already, 10 to make" in prepare_here(*words) and images(out) == before
+    before, rows, kept, lines = images(out), reasons(out), settings.read_text(), (out / "folds.csv").read_bytes()
+    assert f"{len(EXPECTED)} images are there already, 14 to make" in prepare_here(*words) and images(out) == before
     os.rename(out / key, out / f"{key}.part")  # what a kill in the middle of writing left behind in the first edition
     moves = [(sheet, samm / "sheets" / sheet.name), (samm / "SAMM" / "011", samm / "put away")]
     for old, new in moves:  # the same sheet somewhere else; clips whose images are there
         os.renames(old, new)
     assert len(data.load(out, ["samm"], 32)[0].keys) == 3
-    assert "3 images are there already, 1 to make" in prepare_here(*words[:-5], "samm", "samm")
+    assert "3 images are there already, 2 to make" in prepare_here(*words[:-5], "samm", "samm")
     for old, new in moves:
         os.renames(new, old)
     assert (out / key).read_bytes() == (out / f"{key}.part").read_bytes()
     assert [path for path, written in images(out).items() if before[path] != written] == [key]
-    assert sorted(reasons(out)[0]) == sorted(rows[0]) and reasons(out)[1] == rows[1]  # other sessions' rows have stayed
+    assert reasons(out) == rows and (out / "folds.csv").read_bytes() == lines  # other sessions' lines have stayed
     record = json.loads(settings.read_text())
     assert list(record["sessions"]) == list(HEADERS) and record["versions"][0]["opencv"] == cv2.__version__
     for session, sheet in SHEETS.items():
         place = sheet.split("/", 1)[1]
         assert record["sessions"][session]["sheet"].endswith(place) and f" rows in {place}, " in screen
     for old, new, part in (('"size": 64', '"size": 32', "size 32, this is 64"), ('e": 15', 'e": 21', "farneback"),
+                           ('"flow": false', '"flow": true', "flow True"), ('ing": "', 'ing": "0', "coding"),
                            (kept, "[]", "prepare.json"), ("whole frame", "landmarks", "casme2 crop landmarks"),
                            ('"raw"', '"cropped"', "frames"), ('sha256": "', 'sha256": "0', "sheet_sha")):  # fmt: skip
         settings.write_text(kept.replace(old, new))
         refused([*words, "--sessions", "casme2"], out, part, "another --out")
     settings.write_text(kept)
-    for content in (str(rows).encode("utf-16"), b"dataset;subject\n"):  # saved by another program
-        (out / "report.csv").write_bytes(content)
+    for name, content in (("report.csv", str(rows).encode("utf-16")), ("folds.csv", b"session;subject\n")):
+        (out / name).write_bytes(content)  # saved by another program
         (out / key).unlink(missing_ok=True)
-        refused(words, "report.csv", "delete it and run again")
+        refused(words, name, "delete it and run again")
         assert not (out / key).exists()  # it ends before the work, not after it
-    os.remove(out / "report.csv")
+        os.remove(out / name)
     prepare_here(*words)
-    assert images(out).keys() == before.keys() and reasons(out) == rows
+    assert images(out).keys() == before.keys() and reasons(out) == rows and (out / "folds.csv").read_bytes() == lines
 
 
 def test_landmarks_crop_both_frames_at_the_nose(prepared):
     root, words, _ = prepared
-    words = [*words, "--out", f"{root}/cropped", "--landmarks", f"{root}/marks"]
-    prepare_here(*words)
+    os.makedirs(f"{root}/z")
+    os.symlink(f"{root}/marks", f"{root}/z/landmarks")  # as it may be unpacked
+    words, crop = [*words, "--out", f"{root}/cropped", f"--landmarks={root}/z"], ["--crop", "mmew", "casme3", "--flow"]
+    prepare_here(*words, *crop)
     usable = {path: row for path, row in EXPECTED.items() if row[2] not in BAD_MARKS}
     assert set(images(f"{root}/cropped")) == set(usable)
     for path, row in usable.items():
         place = np.subtract(BUMP, NOSE[number(row[1]) % 2]) / SIDE + 0.5
         assert shows(f"{root}/cropped/{path}", ANGLES[row], place, 0.12), path
+        flow = np.load(f"{root}/cropped/.flow/{path[:-4]}.npy")  # as OpenCV gave it, before it was coded and resized
+        turned = np.angle(flow @ (1, 1j) * np.exp(-1j * np.radians(ANGLES[row])), deg=True)
+        assert flow.dtype == np.float32 and flow.shape == (SIDE, SIDE, 2) and abs(np.median(turned)) < 4, path
+        coded = Image.fromarray(data.flow_to_image(flow[None])[0].transpose(1, 2, 0)).resize((64, 64), 2)  # bilinear
+        assert np.array_equal(np.asarray(coded), np.asarray(Image.open(f"{root}/cropped/{path}")))
     rows, details = reasons(f"{root}/cropped")
     for name, (_, reason, detail) in BAD_MARKS.items():
         assert (name, reason) in [row[2:] for row in rows] and detail in details[name][1]
+    refused([*words, *crop[:-1]], "flow True", "another --out")
     save(f"{root}/marks/samm/011/011_4_2.npy", landmarks(120, 60, 60))
-    refused(words, "samm landmarks_sha256", "another --out")
+    refused([*words, *crop], "samm landmarks_sha256", "another --out")
+    save(f"{root}/others/samm/099_1_1.npy", landmarks(120, 60, 60))
+    refused([*words, f"--landmarks={root}/others", "--sessions=samm"], "no usable row", "found", "/099_1_1.npy")
     save(f"{root}/marks/mmew/S03-01-002.npy", landmarks(120, 60, 60))
-    refused([*words, "--out", f"{root}/new"], "two landmark files", "/mmew/S03-01-002.npy",
+    refused([*words, *crop, "--out", f"{root}/new"], "two landmark files", "/mmew/S03-01-002.npy",
             "/mmew/happiness/S03-01-002/S03-01-002.npy")  # fmt: skip
-    assert not os.path.exists(f"{root}/new")
-    shutil.rmtree(f"{root}/marks/mmew")  # a session without a folder keeps whole frames
-    screen = prepare_here(*words, "--sessions", "mmew", "dfme", "--out", f"{root}/whole")
-    assert "5 clip folders of raw frames, whole frame" in screen and "4 clip folders of raw frames, landmarks" in screen
-    assert shows(f"{root}/whole/mmew_happiness/sub03_S03-01-002_onset1_apex5.png", ANGLES[LINES[31]])
+    # Sessions that the benchmark takes whole stay whole, though there are landmarks.
+    shutil.rmtree(f"{root}/marks/dfme")
+    screen = prepare_here(*words, "--out", f"{root}/whole", "--whole", "samm", "--sessions", *list(HEADERS)[1:])
+    assert screen.count("raw frames, whole frame") == 4 and re.findall("warning: (.*): its", screen) == ["dfme"]
+    assert all(shows(f"{root}/whole/{path}", ANGLES[EXPECTED[path]]) for path in EXPECTED if "casme2" not in path)
+    for more in (["--crop", "dfme"], ["--crop", "samm", "--whole", "samm"], ["--whole", "casme2", "--sessions=samm"]):
+        refused([*words, *more], f"--crop or --whole {more[1]}")
+    assert not os.path.exists(f"{root}/new") and not os.path.exists(f"{root}/whole/.flow")
 
 
 def test_crop_box():
@@ -373,10 +398,55 @@ def test_cropped_frames_are_preferred_without_landmarks_and_raw_frames_with(tmp_
     screen = prepare_here(*words)
     assert "1 clip folders of cropped frames (the raw ones are not used) (1 clips are in several folders" in screen
     assert shows(f"{tmp_path}/out/{TINY}", 60)  # of Cropped-updated, before a in order
+    assert "warning" not in screen and "folds.csv gets no lines of casme2: 1 subjects are too few" in screen
     screen = prepare_here(*words[:2], *words[6:], "--out", f"{tmp_path}/raw frames", "--landmarks", f"{tmp_path}/marks")
     assert "1 clip folders of raw frames (the cropped ones are not used), landmarks" in screen
     assert shows(f"{tmp_path}/raw frames/{TINY}", 240, (0.5, 0.5), 0.12)
     assert Image.open(f"{tmp_path}/raw frames/{TINY}").size == (256, 256)  # the default
+    shutil.rmtree(f"{raw}/CASME2-RAW")
+    words += ["--out", f"{tmp_path}/new", "--landmarks", f"{tmp_path}/marks"]
+    assert "in several folders, the first is used), whole frame" in prepare_here(*words)
+    refused([*words, "--crop", "casme2"], "casme2 crop whole frame, this is landmarks")
+
+
+def test_folds_belong_to_the_sheet(tmp_path):
+    rows = [(10, "a", 5, 9, "happy"), (2, "J", 100, 105, "anger"), (2, "a", 10, 14, "disgust"), (2, "a", 9, 12, "fear"),
+            (2, "b", "/", 12, "anger"), (2, "b", 8, 9, "sad"), (6, "c", 1, 4, "tense"), (3, "a", 7, 7, "sad"),
+            (4, "c", 1, 4, "Others"), (None, "c", 1, 4, "sad"), (4, "c", 1, 5, "fear"), (5, "c", 1, 4, "sad"),
+            (168, "c", 1, 4, "sad")]  # fmt: skip
+    order = [3, 2, 5, 4, 1, 7, 8, 10, 11, 0, 12]  # rows as folds.csv has them: with a subject and an emotion of Table 1
+    a, b = tmp_path / "a", tmp_path / "b"  # two laboratories; the second one lacks frames of three people
+    for lab, lacks in ((a, ()), (b, ("2_a_10/14", "5_c_1/1", "168_c_1/4"))):
+        book(f"{lab}/casme3/casme3_table.xlsx", [("casme3", *row[:4], None, row[4]) for row in rows])
+        for s, c, o, apex, _ in [rows[i] for i in order if i not in (4, 7, 10)]:
+            clip(f"{lab}/casme3/frame/spNo.{s}_{c}_{o}/{{n}}.jpg", o, apex, 0)
+        for frame in lacks:
+            os.remove(f"{lab}/casme3/frame/spNo.{frame}.jpg")
+        prepare_here("--raw", lab, "--out", lab / "out", "--size", 64, "--sessions", "casme3")
+    (lines, keys), (others, fewer) = folds(a / "out"), folds(b / "out")
+    slcv, subjects = [0, 0, 0, 0, 0, 1, 2, 2, 3, 4, 0], [rows[i][0] for i in order]
+    ilcv = {i: fold for fold, test in enumerate(protocols.split(subjects, "ilcv")) for i in test}
+    clips = [(rows[i][0], rows[i][1].lower(), "" if i == 4 else rows[i][2]) for i in order]
+    assert lines == [("casme3", *map(str, (*clips[i], slcv[i], ilcv[i]))) for i in range(11)] == others
+    assert [set(keys), set(fewer)] == [{"", *images(lab / "out")} for lab in (a, b)]
+    assert keys["casme3_others/sub004_c_onset1_apex4.png"] == (2, ilcv[6])  # the first one of two rows for one clip
+    assert (len(keys), len(fewer)) == (9, 6) and all(keys[key] == fewer[key] for key in fewer if key)
+    assert len({data.load(str(lab / "out"), ["casme3"], 8)[0].folds["digest"] for lab in (a, b)}) == 1
+
+
+def test_view_writes_down_the_folds_that_a_folder_has_had(prepared, tmp_path):
+    out = shutil.copytree(prepared[0] / "out", tmp_path / "out")
+    assert "has a folds.csv already" in prepare_here("folds", "--data", out, main=view.main)
+    (out / "folds.csv").unlink()
+    before = {session.name: session for session in data.load(str(out), list(HEADERS), 8)}
+    screen, (lines, keys) = prepare_here("folds", "--data", out, main=view.main), folds(out)
+    assert "no lines of samm: 4 subjects" in screen and [line[0] for line in lines] == ["casme2"] * 7 + ["casme3"] * 8
+    clips = [(line[0], int(line[1]), line[2], line[3]) for line in lines]
+    assert clips == sorted((k[:6], number(k.split("/")[1]), Path(k).stem.lower(), "") for k in keys)
+    for name in ("casme2", "casme3"):
+        for place, protocol in enumerate(("slcv", "ilcv")):
+            for fold, test in enumerate(protocols.split(before[name].subjects, protocol)):
+                assert {keys[key][place] for key in before[name].keys[test]} == {fold}
 
 
 # ---- prepare: annotation sheets --------------------------------------------------------------------------------------
@@ -386,6 +456,8 @@ def test_cropped_frames_are_preferred_without_landmarks_and_raw_frames_with(tmp_
     ("casme3", "cas(me)3_part_A_ME_label_JpgIndex_v1.xlsx", ["cas(me)3_part_A_MaE_label_JpgIndex_v2.xlsx"]),
     ("mmew", "MMEW_Micro_Exp.csv", ["MMEW_Micro_Exp_new.xlsx"]),
     ("dfme", "coding.xlsx", ["test_coding.txt", "testA_full_with_AU.xlsx"]),
+    ("casme2", "CASME2.xlsx", ["CASME2-ObjectiveClasses.xlsx"]), ("samm", "SAMM.xlsx", []), ("mmew", "MMEW.xlsx", []),
+    ("casme3", "casme3_table.xlsx", ["casme3_MaE.xlsx"]), ("mmew", "MMEW_Micro_Exp (20).xlsx", ["MMEW.xlsx"]),
     ("casme2", ("no annotation sheet CASME2-coding-20140508.xlsx or .csv", "save an .xls as .xlsx", "no table at all",
                 "CASME II is requested at http://casme.psych.ac.cn/casme/e2"), []),
     ("casme2", ("no annotation", "found CASME2-ObjectiveClasses.xlsx;"), ["CASME2-ObjectiveClasses.xlsx"]),
@@ -412,6 +484,8 @@ def test_sheets_as_csv_and_wrong_ones(tmp_path):
             csv.writer(out, delimiter=delimiter).writerows([*line, "Emotion"] for line in lines)  # the first counts
             out.write("\r\n")  # an empty line
         assert prepare.read_sheet("casme2", f"{tmp_path}/sheet.csv") == rows and len(rows) == 4
+    save(f"{tmp_path}/sheet.csv", b"Emotion,Apex,Subject,Onset,Filename\nfear,5,sub0001,3,a")  # no offset
+    assert [*prepare.read_sheet("dfme", f"{tmp_path}/sheet.csv")[0].values()] == "dfme fear 5 sub0001 3 a".split() + [2]
     for name, content, *parts in (
         ("sheet.csv", b"", "no cell Subject"), ("sheet.csv", b"a;b\n1;2", "no cell Subject", "needed: Subject"),
         ("sheet.csv", b"Subject;Filename;Emotion\n1;2;3", "only the columns Subject, Filename, Emotion", "casme/e2"),
@@ -429,15 +503,18 @@ def test_mistakes_end_with_one_line_and_nothing_written(tmp_path, monkeypatch):
     save(f"{tmp_path}/file", b"")
     os.makedirs(tmp_path / "marks" / "casme2" / "sub01")
     book(f"{tmp_path}/no clips/casme2/CASME2-coding.xlsx", LINES[:1])
+    book(f"{tmp_path}/other/casme2/CASME2-coding.xlsx", LINES[:1])
+    save(f"{tmp_path}/other/casme2/sub09/EP02_01f/img46.jpg", TEXTURE)  # of no clip of the sheet
     for more, *parts in (
         (["--raw", ""], "--raw", "no such folder"), (["--landmarks", ""], "--landmarks", "no such folder"),
         (["--out", ""], "--out ''"), (["--size", 7], "--size 7", "8 to 1024"), (["--size", "big"], "--size", "big"),
         (["--raw", f"{tmp_path}/nowhere"], f"{tmp_path}/nowhere", "--raw", "casme2"),
-        (["--raw", f"{tmp_path}/no clips"], "no clips/casme2", "no clip folders", "casme.psych.ac.cn/casme/e2"),
+        (["--raw", f"{tmp_path}/no clips"], "no clips/casme2", "no clip folders", "casme.psych.ac.cn/casme/e2",
+         "found CASME2-coding.xlsx"), (["--raw", f"{tmp_path}/other"], "no usable row", "found", "sub09/EP02"),
         (["--raw", f"{raw}/casme2"], f"{raw}/casme2: no folder casme2", "found CASME2-coding", "casme.psych.ac.cn"),
         (["--sessions", "casme2", "samm"], "no folder samm", "M.Yap/dataset.php", "--sessions"),
-        (["--sessions", "smic"], "--sessions", "smic"), (["--landmarks", tmp_path], "none of the folders casme2"),
-        (["--landmarks", f"{tmp_path}/marks"], "marks/casme2", "no landmark files"),
+        (["--sessions", "smic"], "--sessions", "smic"), (["--landmarks", tmp_path], "none of the folders casme2, f"),
+        (["--landmarks", f"{tmp_path}/marks"], "marks/casme2", "no landmark files, found sub01"),
         (["--out", f"{tmp_path}/file"], "/file", "File exists"), (["--out", raw], raw, "not a folder that prepare"),
         (["--out", f"{tmp_path}/file/out"], "/file/out", "Not a directory"),
     ):  # fmt: skip
@@ -478,6 +555,8 @@ def test_interrupted_killed_and_two_at_once(prepared, tmp_path):
         error = process.communicate()[1].strip()
         assert process.returncode == status and error.startswith(message) and error.count("\n") == 0
         assert before + 2 <= len(images(tmp_path)) < len(EXPECTED)
+        lines, keys = folds(tmp_path)  # those of the whole folder, already
+        assert lines == folds(root / "out")[0] and set(EXPECTED) < set(keys)
     before = images(tmp_path)
     for process in [start("casme2", "samm", "mmew", "casme3"), start("samm", "mmew", "casme3", "dfme")]:
         assert process.communicate()[1] == "" and process.returncode == 0
@@ -485,12 +564,13 @@ def test_interrupted_killed_and_two_at_once(prepared, tmp_path):
     assert set(after) == set(EXPECTED) and before.items() <= after.items()
     for path in after:
         assert (tmp_path / path).read_bytes() == (root / "out" / path).read_bytes()
-    assert sorted(reasons(tmp_path)[0]) == sorted(DROPPED)
+    assert reasons(tmp_path)[0] == DROPPED
+    assert (tmp_path / "folds.csv").read_bytes() == (root / "out" / "folds.csv").read_bytes()
     assert set(json.loads((tmp_path / "prepare.json").read_text())["sessions"]) == set(HEADERS)
 
 
 def test_runs_at_once_take_turns_and_leave_each_other_s_images(tmp_path, monkeypatch):
-    settings = {"size": 64, "farneback": {}, "versions": [], "sessions": {}}
+    settings = {"size": 64, "flow": False, "coding": "", "farneback": {}, "versions": [], "sessions": {}}
     for file, write in (("prepare.json", lambda: prepare.settle(tmp_path, settings)),
                         ("report.csv", lambda: prepare.report(tmp_path, [], []))):  # fmt: skip
         held, thread = prepare.lock(tmp_path), threading.Thread(target=write, daemon=True)
@@ -501,7 +581,7 @@ def test_runs_at_once_take_turns_and_leave_each_other_s_images(tmp_path, monkeyp
         thread.join(20)
         assert not early and (tmp_path / file).exists()
     save(f"{tmp_path}/image.png", b"of the other run")
-    assert prepare.make_image({"path": tmp_path / "image.png", "folder": None}, 64) == ("", "")
+    assert prepare.make_image({"key": "image.png", "folder": None}, tmp_path, 64, False) == ("", "")
     written = []
     monkeypatch.setattr(protocols, "write", lambda path, _: written.append(path))  # whole or not at all
     words = tiny(tmp_path / "other")
@@ -516,24 +596,33 @@ def test_runs_at_once_take_turns_and_leave_each_other_s_images(tmp_path, monkeyp
 FINAL = [[3, 0, -1, 1.5], [1, 2, -4, -5], [2, -1, -4, 1], [2, 2.2, 1.9, 0]]
 FINAL += [[1, 0, -3, 0.5], [0, 0, 0, 1], [2, 0, -3, 1], [1, 0, 1, 1.4]]
 ROWS = dict(emotions=["disgust", "anger", "fear"], row_emotion=[0, 1, 0, 2], row_session=[0, 0, 1, 1])
-HAND = [dict(ROWS, labels=["disgust", "anger", "disgust", "fear"], session=[0, 0, 1, 1], scores_0=[[1.0, 0.0]] * 2,
-             scores_1=FINAL[:4], train_counts=[[5, 3, 0], [6, 3, 8]]),
-        dict(ROWS, labels=["disgust", "fear", "fear", "disgust"], session=[0, 1, 1, 1], scores_0=[[2.0, 1.0]],
-             scores_1=FINAL[4:], train_counts=[[2, 4, 0], [9, 4, 2]])]  # fmt: skip
+HAND = [dict(ROWS, labels=["disgust", "anger", "disgust", "fear"], session=[0, 0, 1, 1], subjects=[1, 2, 1, 2],
+             scores_0=[[1.0, 0.0]] * 2, scores_1=FINAL[:4], train_counts=[[5, 3, 0], [6, 3, 8]]),
+        dict(ROWS, labels=["disgust", "fear", "fear", "disgust"], session=[0, 1, 1, 1], subjects=[2, 1, 1, 3],
+             scores_0=[[2.0, 1.0]], scores_1=FINAL[4:], train_counts=[[2, 4, 0], [9, 4, 2]])]  # fmt: skip
+BETTER = [HAND[0] | dict(scores_1=9 * np.eye(4)[[0, 1, 0, 3]]), HAND[1]]  # all four of fold 0 right after session 2
+PEOPLE = [(0, 1), (0, 2), (1, 1), (1, 2), (1, 3)]  # (session, subject)
+
+
+def read(arrays):
+    """The arrays of a fold as they are read from its file."""
+    times = sum(name.startswith("scores_") for name in arrays)
+    return {name: np.array(value) for name, value in arrays.items()} | {"seconds": np.zeros(times)}
 
 
 def write_run(folder, files=HAND, **changes):
-    """A run's folder as protocols.Run writes it."""
+    """A run's folder as protocols.Run writes it, without the folds that are None."""
     arguments = dict(method="der", backbone="vit", protocol="ilcv", preset="tiny", seed=0, changed={})
     arguments |= {name: changes.pop(name) for name in list(changes) if name in arguments}
     info = dict(arguments=arguments, merges=["sum", "prob"], synthetic=True, fold_count=2, images="i0", folds="f0",
-                counts={"casme2": {}, "samm": {}}, weights="vit.pt", code={"der.py": "0"}) | changes  # fmt: skip
+                counts={"casme2": dict(samples=239, subjects=26), "samm": dict(samples=130, subjects=27)},
+                weights="vit.pt", code={"der.py": "0"}) | changes  # fmt: skip
     os.makedirs(folder)
     (folder / "run.json").write_text(json.dumps(info))
     for i, arrays in enumerate(files):
-        arrays = dict(fold=i, identity=protocols._sha(info), threads=1, processor="AVX2") | arrays
-        arrays |= {"seconds": [0.0] * len(info["counts"])}
-        np.savez(folder / f"fold{i}.npz", **arrays, seal=protocols._seal(arrays))
+        if arrays:
+            arrays = dict(fold=i, identity=protocols._sha(info), threads=1, processor="AVX2") | read(arrays)
+            np.savez(folder / f"fold{i}.npz", **arrays, seal=protocols._seal(arrays))
 
 
 def rows_of(text):
@@ -558,73 +647,206 @@ def call(monkeypatch, capfd):
 def test_report_by_hand(tmp_path, call, monkeypatch):
     write_run(tmp_path / "a" / "1")
     write_run(tmp_path / "b" / "1", method="new", merges=["max", "prob"], code={os.path.join("controls", "new.py"): ""})
-    axes, drawn = pytest.importorskip("matplotlib.axes").Axes, []
-    monkeypatch.setattr(axes, "plot", lambda *a, draw=axes.plot, **k: drawn.append((list(a[1]), a[2])) or draw(*a, **k))
-    monkeypatch.setattr(report, "paper", lambda info: (1, 2, 3, 2) if info["method"] == "der" else ())
-    text = call(report, tmp_path, "--details", "--csv", tmp_path / "a.csv", "--plot", tmp_path / "a.png").out
+    monkeypatch.setattr(report, "paper", lambda info, folds: (1, 2, 3, 2) if info["method"] == "der" else ())
+    text = call(report, tmp_path, "--details", "--csv", tmp_path / "a.csv").out
     size = [np.mean([abs(x[r] - sum(x) / 4) for x in FINAL for r in own]) for own in ((0, 1), (2, 3))]
+    ends = report.intervals([dict(enumerate(map(read, HAND)))], "sum")
+    last = "{:.1f} to {:.1f}".format(*ends["accuracy"][:, 3])
     for row, values in {
-        ("backbone", "method"): "S1 S2 avg last last by prob",
-        ("-", "always the commonest emotion"): "25.00 37.50 31.25 37.50 -",
-        ("vit", "der"): "75.00 ± 35.36 62.50 ± 17.68 68.75 ± 26.52 62.50 ± 17.68 75.00",
-        ("vit", "der, the paper"): "1.00 2.00 3.00 2.00 -",
-        ("vit", "new, by max"): "75.00 ± 35.36 62.50 ± 17.68 68.75 ± 8.84 62.50 ± 17.68 75.00",
-        ("sum", "pooled accuracy"): "66.67 62.50 - -",
-        ("sum", "95 % low"): "20.77 30.57 - -",
-        ("sum", "95 % high"): "93.85 86.32 - -",
-        ("sum", "pooled UF1"): "40.00 71.43 - -",  # (4/5 + 0) / 2; (4/7 + 1 + 4/7) / 3
-        ("sum", "pooled UAR"): "50.00 72.22 - -",  # (1 + 0) / 2; (1/2 + 1 + 2/3) / 3
+        ("backbone", "method"): "S1 S2 avg last last, 95 % last by prob",
+        ("-", "always the commonest emotion"): "25.00 37.50 31.25 37.50 - -",
+        ("vit", "der"): f"75.00 ± 35.36 62.50 ± 17.68 68.75 ± 26.52 62.50 ± 17.68 {last} 75.00",
+        ("vit", "der, the paper, on its own preparation"): "1.00 2.00 3.00 2.00 - -",
+        ("sum", "pooled accuracy"): "66.67 62.50 64.58 62.50",
+        ("sum", "95 % low UAR"): " ".join(f"{end:.2f}" for end in ends["UAR"][0]),
+        ("sum", "pooled UF1"): "40.00 71.43 55.71 71.43",  # (4/5 + 0) / 2; (4/7 + 1 + 4/7) / 3
+        ("sum", "pooled UAR"): "50.00 72.22 61.11 72.22",  # (1 + 0) / 2; (1/2 + 1 + 2/3) / 3
         ("sum", "size of scores"): f"{size[0]:.2f} {size[1]:.2f} - -",
         ("prob", "forgetting"): "0.00 - 0.00 -",  # session 1 from 2 right of 3 to 3: never less than nothing
         ("centered", "forgetting"): "33.33 - 33.33 -",  # to 1 right of 3
     }.items():
         assert rows_of(text)[row] == values, row
+    assert rows_of(text)["vit", "new, by max"].startswith("75.00 ± 35.36 62.50 ± 17.68 68.75 ± 8.84 62.50 ± 17.68 ")
     by_sum, by_max = (rows_of(part.partition("\n| true")[2]) for part in text.split("### ")[1:])
     assert by_sum == {("disgust", "2"): "0 2", ("anger", "0"): "1 0", ("fear", "1"): "0 2", ("---", "---"): "--- ---"}
-    assert by_max["fear", "1"] == "1 1" and Image.open(tmp_path / "a.png").width > 400
-    assert drawn == [([75, 62.5], "-o"), ([1, 2], "o"), ([75, 62.5], "--"), ([], "o")]  # der, the paper; a control
+    assert by_max["fear", "1"] == "1 1"  # by each run's own first way
     by_prob = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))[1]
-    words = ("method", "merge", "mean S2", "std avg", "pooled UAR S2", "paper S1", "finished", "folds")
-    assert [by_prob[word] for word in words] == "der prob 75.0000 17.6777 77.7778 1.0000 2 f0".split()
+    words = "method merge mean_S2 std_avg pooled_UAR_S2 paper_S1 folds samples_casme2 subjects_samm recall_fear".split()
+    values = "der prob 75.0000 17.6777 77.7778 1.0000 f0 239 27 33.3333".split()
+    assert [by_prob[word.replace("_", " ")] for word in words] == values and by_prob["recall disgust"] == "100.0000"
     write_run(tmp_path / "c" / "1", HAND[:1], method="ranpac", merges=["sum"])  # no logits: prob means nothing
     text = call(report, tmp_path, "--how", "prob").out
     assert "folds f0**, merged by prob\n" in text and "last by prob" not in text
-    assert rows_of(text)["-", "always the commonest emotion"] == "25.00 37.50 31.25 37.50"  # of both folds
-    assert rows_of(text)["vit", "der"] == "75.00 ± 35.36 75.00 ± 0.00 75.00 ± 17.68 75.00 ± 0.00"
-    assert rows_of(text)["vit", "ranpac, by sum (1 of 2 folds)"] == "50.00 50.00 50.00 50.00"
+    assert rows_of(text)["-", "always the commonest emotion"] == "25.00 37.50 31.25 37.50 -"  # of both folds
+    assert rows_of(text)["vit", "der"].startswith("75.00 ± 35.36 75.00 ± 0.00 75.00 ± 17.68 75.00 ± 0.00 ")
+    assert rows_of(text)["vit", "ranpac, by sum (1 of 2 folds)"].startswith("50.00 50.00 50.00 50.00 ")
+
+
+def noisy(seed):
+    """HAND's folds with random scores, and the samples tested after each session: ((session, subject), true, guess)."""
+    random = np.random.RandomState(seed)
+    scores = [{name: random.randn(*np.shape(fold[name])) for name in ("scores_0", "scores_1")} for fold in HAND]
+    folds = {i: read(HAND[i] | scores[i]) for i in range(2)}
+    found = [[(protocols.outcome(saved, t), saved["subjects"]) for saved in folds.values()] for t in (0, 1)]
+    return folds, [[((s, p), x, y) for out, who in pair for x, y, s, p in zip(*out, who)] for pair in found]
+
+
+def test_intervals_and_differences_are_those_of_a_loop(monkeypatch):
+    rows, session = [[noisy(0), noisy(1)], [noisy(2)]], np.array([0, 0, 1, 1, 1])  # two seeds, and one
+    drawn = report.draw(session)
+    assert drawn.shape == (2000, 5) and (drawn[:, :2].sum(1) == 2).all() and (drawn[:, 2:].sum(1) == 3).all()
+    assert abs((drawn == 0).mean(0) - np.repeat([0.5**2, (2 / 3) ** 3], (2, 3))).max() < 0.05  # how often not drawn
+    monkeypatch.setattr(report, "DRAWS", 30)
+    monkeypatch.setattr(report, "FLIPS", 300)
+    drawn = [dict(zip(PEOPLE, weights)) for weights in report.draw(session)]
+
+    def again(row, measure, weights):  # of each sample as many as its subject was drawn; S1 and S2, means over seeds
+        times = [[[s[1:] for s in seed[t] for _ in range(weights[s[0]])] for _, seed in row] for t in (0, 1)]
+        return np.array([100 * np.mean([measure(*zip(*pairs)) for pairs in samples]) for samples in times])
+
+    ends = lambda values: np.quantile([[*v, np.mean(v), v[1]] for v in values], (0.025, 0.975), 0)  # noqa: E731
+    for name, measure in report.MEASURES.items():
+        expected = ends([again(rows[0], measure, weights) for weights in drawn])
+        np.testing.assert_allclose(report.intervals([folds for folds, _ in rows[0]], "sum")[name], expected)
+    value, low, high, p = report.difference(*([report.by_subject(folds, "sum") for folds, _ in row] for row in rows))
+    less = [np.subtract(*(again(row, protocols.accuracy, weights) for row in rows)) for weights in drawn]
+    np.testing.assert_allclose([low, high], ends(less)[:, :3])
+    share = [[[100 * np.mean([[w == who and x == y for w, x, y in seed[t]] for _, seed in row]) for who in PEOPLE]
+              for t in (0, 1)] for row in rows]  # fmt: skip
+    sums = np.subtract(*share) @ np.vstack([np.ones(5), np.random.default_rng(0).choice((-1.0, 1.0), (300, 5))]).T
+    sums = np.vstack([sums, sums.mean(0)])  # (S1 S2 avg, as it is and then 300 flips)
+    np.testing.assert_allclose(value, sums[:, 0])
+    np.testing.assert_allclose(p, (abs(sums) > abs(sums[:, :1]) - 1e-9).sum(1) / 301)
+    assert len(set(p)) > 1 and 0.01 < min(p) < 0.9  # neither none nor all
+
+
+def test_seeds_are_one_row(tmp_path, call):
+    """S2 of the two folds is 50 and 75 by seed 0, 100 and 75 by seed 1; S1 is 50 and 100 by both."""
+    for place, (files, seed) in {"0": (HAND, 0), "1": (BETTER, 1), "copy": (BETTER, 1)}.items():
+        write_run(tmp_path / place / "1", files, seed=seed)
+    out = rows_of(call(report, tmp_path, "--csv", tmp_path / "a.csv", "--details").out)
+    both = "75.00 ± 35.36 75.00 ± 0.00 75.00 ± 17.68 75.00 ± 0.00 {:.1f} to {:.1f} 62.5 to 87.5 81.25"
+    ends = report.intervals([dict(enumerate(map(read, files))) for files in (HAND, BETTER)], "sum")["accuracy"][:, 3]
+    assert out["backbone", "method"] == "S1 S2 avg last last, 95 % last of the seeds last by prob"
+    assert out["vit", "der, 2 seeds"] == both.format(*ends)
+    assert out["sum", "mean"] == "75.00 75.00 75.00 75.00" and out["sum", "forgetting"] == "0.00 - 0.00 -"
+    assert out["fear", "1"] == "0 5"  # the confusion matrix holds both seeds
+    by_sum = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))[0]
+    words = ("seeds", "std avg", "pooled accuracy S2", "recall disgust", "lowest seed last")
+    assert [by_sum[word] for word in words] == ["0 1", "17.6777", "75.0000", "62.5000", "62.5000"]
+    apart = rows_of(call(report, tmp_path, "--each-seed").out)
+    assert [apart["vit", f"der, seed {seed}"][14:19] for seed in (0, 1)] == ["62.50", "87.50"] and len(apart) == 5
+    write_run(tmp_path / "2" / "1", [BETTER[0], None], seed=2)
+    assert ("vit", "der, 3 seeds (1 of 2 folds)") in rows_of(call(report, tmp_path).out)
+    write_run(tmp_path / "3" / "1", [None, HAND[1]], seed=3)  # now they have no fold in common
+    write_run(tmp_path / "4" / "1", seed=4, code={"der.py": "1"}, versions={"torch": "3"})
+    text = call(report, tmp_path).out
+    labels = ["der", "der, seed 1", "der, seed 2 (1 of 2 folds)", "der, seed 3 (1 of 2 folds)", "der, seed 4"]
+    assert [row[1] for row in rows_of(text) if row[0] == "vit"] == labels
+    assert text.count("not one row") == 1 and "vit der, seed 4 differ in code and versions" in text
+
+
+def test_compare(tmp_path, call, monkeypatch):
+    """new has two more of the eight samples right than der, of two subjects."""
+    monkeypatch.chdir(tmp_path)
+    for i, (files, change) in enumerate([
+        (HAND, {}), (BETTER, dict(method="new")), (HAND, dict(backbone="swin")), (HAND, dict(seed=1)),
+        (BETTER, dict(method="pixels", backbone="none")), (HAND[:1], dict(method="half")), (HAND, dict(method="twice")),
+        (BETTER, dict(method="older", folds="f1")), (HAND, dict(method="new", backbone="resnet")),
+        (HAND, dict(method="twice", code={})), (BETTER, dict(protocol="slcv")), (HAND, dict(protocol="slcv", seed=1)),
+    ]):  # fmt: skip
+        write_run(tmp_path / "runs" / f"r{i}" / "1", files, **change)
+    out, notes = call(report, "runs", "--compare", "der", "new")
+    assert out.count("**ILCV") == 1 and notes.count("nothing to compare with") == 3  # swin, resnet, slcv
+    value, ends, p = ([cell.strip() for cell in line.split("|")[2:-1]] for line in out.splitlines()[-3:])
+    assert value == ["der, 2 seeds - new", "+0.00", "-25.00", "-12.50"] and ends[:2] == ["95 %", "+0.00 to +0.00"]
+    assert p[1] == "1.0000" and 0.48 < float(p[2]) < 0.52  # two subjects: both signs are alike in half of the flips
+    out = rows_of(call(report, "runs", "--compare", "pixels", "der", "--how", "max").out)
+    assert [row for row in out if "pixels" in row[1]] == [("swin", "pixels - der"), ("vit", "pixels - der, 2 seeds")]
+    out = rows_of(call(report, "runs", "--compare", "runs/r10", "runs/r11/1").out)  # folders tell seeds apart
+    assert out["vit", "der - der, seed 1"] == "+0.00 +25.00 +12.50"
+    for words, parts in {
+        "der nosuch": "nosuch: no such run; there are der, half, new, older, pixels, twice, and their folders",
+        "der half": "der has folds 0 1, half 0 (ILCV,", "der older": "images i0, folds f1 (vit)",
+        "der runs": "several rows of ILCV", "new twice": "several rows of ILCV",
+        "der new --csv a.csv": "--compare stands alone", "der new --each-seed": "--compare stands alone",
+    }.items():  # fmt: skip
+        out, notes = call(report, "runs", "--compare", *words.split())
+        assert not out and notes.splitlines()[-1].startswith("error: --compare") and parts in notes, words
+
+
+def test_loso_is_pooled_and_the_paper_stands_beside_its_like(tmp_path, call):
+    """True 0 0 1 1 2, answers 0 1 1 1 0, of two people: 3 and 2; the commonest emotion in training is 0."""
+    shared = dict(emotions=["a", "b", "c"], row_emotion=[0, 1, 2], row_session=[0] * 3, train_counts=[[3, 2, 1]])
+    files = [shared | dict(labels=["a", "a", "b"], session=[0] * 3, scores_0=np.eye(3)[[0, 1, 1]], subjects=[4] * 3),
+             shared | dict(labels=["b", "c"], session=[0, 0], scores_0=np.eye(3)[[1, 0]], subjects=[7, 7])]  # fmt: skip
+    real, loso = dict(synthetic=False, preset="paper"), dict(method="finetune", protocol="loso")
+    casme2 = {"casme2": dict(samples=240, subjects=2)}
+    write_run(tmp_path / "a" / "1", files, **real, **loso, counts=casme2)
+    write_run(tmp_path / "b" / "1", files[:1], **real, **loso | {"method": "der"}, counts=casme2)
+    text = call(report, tmp_path, "--csv", tmp_path / "a.csv").out
+    for row, values in {
+        ("backbone", "method"): "accuracy UF1 UAR accuracy, 95 %",
+        ("-", "always the commonest emotion"): "40.00 19.05 33.33 -",
+        ("vit", "finetune"): "60.00 43.33 50.00 50.0 to 66.7",  # (2/4 + 4/5 + 0) / 3, (1/2 + 1 + 0) / 3
+        ("vit", "finetune, the paper, on its own preparation"): "76.60 72.30 71.90 -",
+        ("vit", "der (1 of 2 folds)"): "66.67 66.67 75.00 -",  # one person has no interval
+    }.items():
+        assert rows_of(text)[row] == values, row
+    assert "240 of 246 samples" in text and "95 % low UAR" in (tmp_path / "a.csv").read_text()
+    assert "more than one session" in call(report, tmp_path, "--plot", "a.png").err
+    assert "| difference | accuracy |\n" in call(report, tmp_path, "--compare", "finetune", "finetune").out
+
+    least, five = dict(casme2=232, samm=128, mmew=278, casme3=761), dict.fromkeys(range(5))  # 95 % of the usable
+    counts = lambda **change: {name: {"samples": count} for name, count in (least | change).items()}  # noqa: E731
+    good = real | dict(method="ranpac", backbone="vit", protocol="ilcv", changed={}, counts=counts(), fold_count=5)
+    for change in (
+        dict(changed={"weights": "none"}), dict(changed={"lr": 1.0}), dict(synthetic=True), dict(fold_count=3),
+        dict(fold_count=6), dict(preset="tiny"), dict(method="linear"), dict(counts=counts(dfme=1856)),
+        dict(counts=dict(reversed(counts().items()))), dict(counts=casme2),
+        *(dict(counts=counts(**{name: count - 1})) for name, count in least.items()),
+        *(loso | dict(counts={name: {"samples": count}}) for name, count in {"casme2": 231, "samm": 134}.items()),
+    ):  # fmt: skip
+        assert not report.paper(good | change, five), change
+    assert not report.paper(good, {0: {}}) and "1,399 of 1,534 samples" in report.title(good | dict(images=0, folds=0))
+    assert report.paper(good | loso | {"counts": casme2}, five) == (76.6, 72.3, 71.9)
+    for change in ({}, {"changed": {"weights": "vit.safetensors"}}):
+        assert report.paper(good | change, five) == (53.23, 46.18, 50.50, 43.84, 48.44, 43.84)
+    assert len(report.TABLE2) == 28 and all(abs(sum(row[:4]) / 4 - row[4]) < 0.011 for row in report.TABLE2.values())
+
+
+def test_plot(tmp_path, call, monkeypatch):
+    """Eight methods and four controls: of each its line, the paper's marks, and a way to its name, with its mark."""
+    axes, lines, names = pytest.importorskip("matplotlib.axes").Axes, [], []
+    monkeypatch.setattr(axes, "plot", lambda *a, draw=axes.plot, **k: lines.append((list(a[-1]), k)) or draw(*a, **k))
+    monkeypatch.setattr(axes, "text", lambda *a, draw=axes.text, **k: names.append(a[3]) or draw(*a, **k))
+    monkeypatch.setattr(report, "paper", lambda info, folds: (1, 2, 3, 2) if info["method"] == "A" else ())
+    for name in "ABCDEFGHIJKL":
+        code = {os.path.join("controls" * (name > "H"), f"{name}.py"): ""}
+        write_run(tmp_path / name / "1", method=name, code=code)
+    write_run(tmp_path / "seed1" / "1", BETTER, method="H", code={"H.py": ""}, seed=1)
+    call(report, tmp_path, "--plot", tmp_path / "a.png")
+    assert [values for values, _ in lines[::4]] == [[75, 62.5]] * 7 + [[75, 75]] + [[75, 62.5]] * 4
+    assert [values for values, _ in lines[1::4]] == [[1, 2]] + [[]] * 11 and lines[1][1]["mfc"] == "none"
+    styles = [(style["color"], style.get("marker"), style.get("ls")) for _, style in lines[::4]]
+    assert len({how[0] for how in styles}) == len({how[1:] for how in styles}) == 12
+    assert all(mark and not dash for _, mark, dash in styles[:8])
+    assert all(float(grey) < 0.6 and dash and not mark for grey, mark, dash in styles[8:])
+    assert names == [*"ABCDEFG", "H, 2 seeds", *"IJKL"] and min(np.diff(sorted(v[0] for v, _ in lines[3::4]))) > 0.1
+    places = report.spread([5, 50, 5.1, 5, -9], 2)  # moved about their middle, in their order
+    assert places.round(9).tolist() == [3.05, 50, 7.05, 5.05, -9] and Image.open(tmp_path / "a.png").width > 400
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install matplotlib" in call(report, tmp_path, "--plot", "a.png").err
 
 
-def test_loso_is_pooled_and_the_paper_stands_beside_its_like(tmp_path, call):
-    """True 0 0 1 1 2, answers 0 1 1 1 0, in folds of 3 and 2; the commonest emotion in training is 0."""
-    rows = dict(emotions=["a", "b", "c"], row_emotion=[0, 1, 2], row_session=[0] * 3, train_counts=[[3, 2, 1]])
-    files = [rows | dict(labels=["a", "a", "b"], session=[0] * 3, scores_0=np.eye(3)[[0, 1, 1]]),
-             rows | dict(labels=["b", "c"], session=[0] * 2, scores_0=np.eye(3)[[1, 0]])]  # fmt: skip
-    real, loso = dict(synthetic=False, preset="paper"), dict(method="finetune", protocol="loso")
-    write_run(tmp_path / "a" / "1", files, **real, **loso, counts={"casme2": {}})
-    found = rows_of(call(report, tmp_path).out)
-    assert list(found.values())[::2] == ["accuracy UF1 UAR", "40.00 19.05 33.33", "76.60 72.30 71.90"]
-    assert found["vit", "finetune"] == "60.00 43.33 50.00"  # (2/4 + 4/5 + 0) / 3, (1/2 + 1 + 0) / 3
-    assert "more than one session" in call(report, tmp_path, "--plot", "a.png").err
-
-    stream = ["casme2", "samm", "mmew", "casme3"]
-    good = real | dict(method="ranpac", backbone="vit", protocol="ilcv", changed={}, counts=stream, fold_count=5)
-    for change in (
-        dict(changed={"weights": "none"}), dict(changed={"lr": 1.0}), dict(synthetic=True), dict(fold_count=3),
-        dict(preset="tiny"), dict(method="linear"), dict(counts=stream[::-1]), dict(counts=["casme2"]),
-        dict(counts=["samm"], **loso),
-    ):  # fmt: skip
-        assert not report.paper(good | change), change
-    for change in ({}, {"changed": {"weights": "vit.safetensors"}}):
-        assert report.paper(good | change) == (53.23, 46.18, 50.50, 43.84, 48.44, 43.84)
-    assert len(report.TABLE2) == 28 and all(abs(sum(row[:4]) / 4 - row[4]) < 0.011 for row in report.TABLE2.values())
-
-
 def test_which_runs_stand_where(tmp_path, call):
-    for i, change in enumerate([{}, {"images": "i1"}, {"folds": "f1"}, {"seed": 1}, {"preset": "paper"}]):
+    mine = {"casme2": {"samples": 239, "subjects": 9}, "mine": {"samples": 1000, "subjects": 9}}  # not in data.DATASETS
+    for i, change in enumerate([{}, {"images": "i1"}, {"folds": "f1"}, {"counts": mine}, {"preset": "paper"}]):
         write_run(tmp_path / "tables" / str(i) / "1", **change)
-    assert call(report, tmp_path / "tables").out.count("**ILCV, synthetic stream, casme2, samm, ") == 5
+    write_run(tmp_path / "tables" / "same" / "1", backbone="swin", seed=1)
+    text = call(report, tmp_path / "tables").out
+    assert text.count("**ILCV, synthetic stream, casme2, samm, tiny preset, 369 of 382 samples, images i") == 3
+    assert text.count("**") == 10 and "casme2, mine, tiny preset, 1,239 samples" in text and "| der, seed 1 |" in text
     root, ages = tmp_path / "names", {"b/1": 30, "b/2": 10, "b/3": 20, "c/1": 0, "d/1": 0, "old": 0, "broken": 0}
     for lr, (place, age) in enumerate(ages.items()):
         write_run(root / place, [HAND[0], HAND[1] | {"threads": 2}] if place == "d/1" else HAND, changed={"lr": lr})
@@ -663,17 +885,36 @@ def test_export_show_check(tmp_path, call, monkeypatch):
     assert lines[-2:] == ["repression 27 of 27".split(), "surprise 24 of 25 -1".split()]
 
 
-def test_tables_runs_every_row(tmp_path, call, monkeypatch):
-    assert len({*map(" ".join, tables.commands())}) == 52  # 7 on each backbone, l2p, dualprompt, joint, norch, pixels
+def test_tables_has_every_row(call):
+    rows = [f"python {method}.py --backbone {backbone} --protocol {p}" for p, backbone, method in report.TABLE2]
+    rows += [f"python finetune.py --backbone {name} --protocol loso --sessions casme2" for _, name, _ in report.TABLE3]
+    lines = call(tables, "--dry-run").out.splitlines()
+    assert sorted(lines) == sorted(f"{row} --seed 0 --out {os.path.join('results', 'table')}" for row in rows)
+    more = "--data no/where --preset tiny --out o"
+    lines = call(tables, *f"--seeds 2 0 2 --controls --dry-run {more}".split()).out.splitlines()
+    assert len(set(lines)) == len(lines) == 2 * 63 and all(line.endswith(more) for line in lines)
+    assert f"python -m controls.norch --backbone swin --protocol slcv --seed 2 {more}" in lines
+
+
+def test_tables_runs_one_per_device(tmp_path, call, monkeypatch):
     fails = ["-c", "import os, sys; print('a line'); sys.exit('error: threads ' + os.environ['OMP_NUM_THREADS'])"]
     real = ["-m", "controls.pixels", "--projected", "100", "--folds", "0", "--sessions", "casme2", "samm", "mmew"]
-    monkeypatch.setattr(tables, "commands", lambda: [fails, real])
+    monkeypatch.setattr(tables, "commands", lambda *_: [fails, [*real, "--out", str(tmp_path / "table")]])
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    out, notes = call(tables, "--out", tmp_path / "table", "--jobs", 2)
+    out, notes = call(tables, "--out", tmp_path / "table")
     assert ("none", "pixels projected=100 (1 of 5 folds)") in rows_of(out)  # a run as it is written is read
     rows = rows_of(call(report, tmp_path / "table", "--details").out)
     assert [cell == "-" for cell in rows["sum", "forgetting"].split()] == [False, False, True, False, True]
+    assert "1 of 2 left after " in notes and "0 of 2 left after " in notes and "failed: -c" in notes
     assert "error: threads 1" in notes.splitlines()[-2] and notes.splitlines()[-1].startswith("error: 1 runs failed")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert tables.devices() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    job = """import os, sys, time\nname = sys.argv[1] + os.environ["CUDA_VISIBLE_DEVICES"]
+os.mkdir(name)  # stops where another is at work on this device\ntime.sleep(0.2)\nos.rmdir(name)
+open(sys.argv[1] + "log", "a").write(name[-1] + os.environ["OMP_NUM_THREADS"] + " ")"""
+    assert not tables.run_all([["-c", job, f"{tmp_path}/"]] * 5, len(tables.devices()))
+    assert set((tmp_path / "log").read_text().split()) == {"33", "53"}  # both were used; threads are left as they are
 
 
 def test_mistakes_end_with_one_line(tmp_path, call):
@@ -684,6 +925,7 @@ def test_mistakes_end_with_one_line(tmp_path, call):
         (view, "check --data ''", "no such folder"), (view, "export --out ''", "needs"), (tables, "--out ''", "--out"),
         (view, "export --out a --data b", "no --data"), (view, "check --out a", "no --out"),
         (view, "check --size 3", "--size 3"), (tables, "--jobs 0", "--jobs"),
+        (tables, "--data nowhere", "no such folder"), (tables, "--data '' --dry-run", "--data"),
     ):  # fmt: skip
         out, notes = call(tool, *shlex.split(str(words)))
         assert not out and notes.splitlines()[-1].startswith("error: ") and error in notes.splitlines()[-1], words
@@ -743,7 +985,6 @@ def test_commands_in_docs_have_flags_that_exist(run):
         code = "\0".join([*"".join(pieces[1::2]).splitlines(), *re.findall(r"`([^`]+)`", "".join(pieces[::2]))])
         for module, script, more in re.findall(r"(?:-m\s+([\w.]+)|(\w+)\.py)\b([^;#'\0]*)", code):
             scripts.setdefault(module or script, set()).update(re.findall(r"--[\w-]+", more))
-    scripts["l2p"] = scripts.pop("method")  # $method.py
     assert {"tools.prepare", "tools.view", "tools.report", "tools.tables", "tools.bench", "tiny.pretrain"} < set(
         scripts
     )
