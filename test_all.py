@@ -1156,6 +1156,35 @@ def test_sum_of_rows_is_ridge_on_emotions():
         assert (summed - expected).norm() < 1e-10 * expected.norm()
 
 
+def test_folds_come_from_folds_csv_where_there_is_one():
+    """Its folds, whatever images are missing; the hash of its lines without keys; and what does not fit is refused."""
+    put("tree", TREE)
+    session = [key.split("_")[0] for key in TREE]
+    people = [int(re.search(r"sub(\d+)", key).group(1)) for key in TREE]
+    lines = [[s, p, i, "", key, p % 5, i * 2 % 5] for i, (s, p, key) in enumerate(zip(session, people, TREE))]
+    lines += [["casme2", 9, 99, "", "", 4, 4], ["casme2", 10, 100, "", "", 0, 0], ["samm", 9, 99, "", "", 4, 4]]
+    flags = [*PIXELS, "--data", "tree", "--preset", "tiny"]
+
+    def run(lines, *more, way=works):
+        text = "\n".join(",".join(map(str, line)) for line in [FOLDS, *lines])
+        put("tree", {"folds.csv": text})
+        return way(*flags, *more)
+
+    FOLDS = ["session", "subject", "clip", "onset", "key", "slcv", "ilcv"]
+    screen = run(lines)
+    for fold, saved in folds_in("results").items():
+        assert sorted(saved["keys"]) == sorted(line[4] for line in lines if line[4] and line[6] == fold)
+    assert "casme2 has 18 lines, 2 of them without an image" in screen
+    os.remove(os.path.join("tree", TREE[0]))
+    assert re.search(r"folds (\w+) \(folds.csv\)", run(lines, "--out", "b")).group(1) in screen
+    put("tree", TREE)
+    shutil.rmtree("results")
+    assert f"no line for the image {TREE[3]}" in run(lines[:3] + lines[4:], way=one_line)
+    assert "subject 1 in two SLCV folds" in run([*lines, ["casme2", 1, 7, "", "", 3, 3]], way=one_line)
+    assert "has 3 folds, not 5" in run([[*line[:5], line[5] % 3, line[6] % 3] for line in lines], way=one_line)
+    assert "no lines of session casme2" in run([["text"]], way=one_line)
+
+
 if __name__ == "__main__":
     for script in SCRIPTS:
         print(f'"{script}": {[round(share, 1) for share in trace(script).accuracies]},')
