@@ -867,8 +867,12 @@ def test_which_runs_stand_where(tmp_path, call):
 def test_export_show_check(tmp_path, call, monkeypatch):
     out, junk, casme2 = tmp_path / "new/made", tmp_path / "new/made.part/samm_x", ("--size", 8, "--sessions", "casme2")
     os.makedirs(junk)  # left by a killed export of the first edition
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "replace", lambda *_: exec("raise KeyboardInterrupt"))
+        patch.setattr(os, "replace", interrupted)
         call(view, "export", "--out", out, *casme2)
     assert [folders for _, folders, _ in os.walk(tmp_path / "new")] == [["made.part"], ["samm_x"], []]
     call(view, "export", "--out", out, *casme2)
