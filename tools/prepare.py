@@ -434,8 +434,7 @@ def settle(out, settings):
     if "prepare.json" not in names and not all(name[0] == "." or name.endswith(".part") for name in names):
         sys.exit(f"error: {out}: not a folder that prepare made; --out takes a new or empty one, or one to go on with")
     with lock(out):
-        for name in TABLES:
-            read_table(out, name)  # if one cannot be read, now is the time to say so
+        read_table(out, "report.csv")  # if it cannot be read, now is the time to say so
         try:
             old = json.loads(Path(path).read_text("utf-8")) if os.path.exists(path) else settings
             names = ("size", "flow", "coding", "farneback")
