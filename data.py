@@ -61,7 +61,7 @@ class Session:
     subjects  (N,) int; a number means one person within this session only
     keys      (N,) str, paths below the processed folder, e.g. "casme2_happiness/sub01_EP02_01f.png"
     digest    a hash of what the images were made of, whatever S is
-    folds     from folds.csv, None where there is none: {"slcv" and "ilcv": (N,) int, the fold that tests each sample;
+    folds     from folds.csv: None without the file, {} without a line of the session, else {"slcv" and "ilcv": (N,) int;
               "count": how many folds; "digest": a hash of the session's lines without their keys}
     """
 
@@ -145,6 +145,9 @@ def _read_folds(path, sessions):
     for session in sessions:
         try:
             own = [line for line in lines if line["session"] == session.name]
+            if not own:  # prepare found too few subjects for the folds; leaving one subject out does not ask for them
+                session.folds = {}
+                continue
             numbers = {line["key"]: (int(line["slcv"]), int(line["ilcv"])) for line in own if line["key"]}
             missing = [key for key in session.keys if key not in numbers]
             slcv = dict((line["subject"], line["slcv"]) for line in own)

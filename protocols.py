@@ -101,9 +101,11 @@ class Run:
         if args.protocol == "loso" and len(sessions) > 1:
             sys.exit(f"error: --protocol loso takes one session, not {len(sessions)}; name it with --sessions")
         self.sessions, self.tests = sessions, []  # T lists of k index arrays
-        listed = args.protocol != "loso" and all(session.folds for session in sessions)  # in folds.csv
+        listed = args.protocol != "loso" and any(session.folds is not None for session in sessions)  # in folds.csv
         for session in sessions:
             try:
+                if listed and not session.folds:
+                    raise ValueError("folds.csv has no lines of it")
                 if listed and session.folds["count"] != K:
                     raise ValueError(f"folds.csv has {session.folds['count']} folds, not {K}")
                 tests = [np.flatnonzero(session.folds[args.protocol] == i) for i in range(K)] if listed else None

@@ -1182,7 +1182,9 @@ def test_folds_come_from_folds_csv_where_there_is_one():
     assert f"no line for the image {TREE[3]}" in run(lines[:3] + lines[4:], way=one_line)
     assert "subject 1 in two SLCV folds" in run([*lines, ["casme2", 1, 7, "", "", 3, 3]], way=one_line)
     assert "has 3 folds, not 5" in run([[*line[:5], line[5] % 3, line[6] % 3] for line in lines], way=one_line)
-    assert "no lines of session casme2" in run([["text"]], way=one_line)
+    assert "session casme2: folds.csv has no lines" in run([["text"]], way=one_line)
+    assert "session samm: folds.csv has no lines" in run(lines[:16] + lines[-3:-1], way=one_line)
+    assert "(images)" in run([["text"]], "--protocol", "loso", "--sessions", "casme2")
 
 
 if __name__ == "__main__":
