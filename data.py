@@ -61,7 +61,7 @@ class Session:
     subjects  (N,) int; a number means one person within this session only
     keys      (N,) str, paths below the processed folder, e.g. "casme2_happiness/sub01_EP02_01f.png"
     digest    a hash of what the images were made of, whatever S is
-    folds     from folds.csv: None without the file, {} without a line of the session, else {"slcv" and "ilcv": (N,) int;
+    folds     from folds.csv: None without the file, {} without a line of the session, else {"slcv", "ilcv": (N,) int;
               "count": how many folds; "digest": a hash of the session's lines without their keys}
     """
 
