@@ -36,6 +36,11 @@ class Dataset:
     emotions: dict
     subjects: int = None
 
+    @property
+    def samples(self):
+        """All samples in the sheet, or None where an emotion's number is not known."""
+        return None if None in self.emotions.values() else sum(self.emotions.values())
+
 
 DATASETS = {  # a new dataset is one more record; its name in lower case and without an underscore
     "casme2": Dataset(dict(disgust=63, happiness=32, others=99, repression=27, surprise=25), 26),
@@ -82,8 +87,7 @@ def load_sessions(args, backbone):
         sessions = synthetic(backbone.image_size, sessions=args.sessions)
     else:
         sessions = load(args.data, args.sessions, backbone.image_size)
-        of = {name: sum(filter(None, DATASETS[name].emotions.values())) or "?" for name in args.sessions}
-        counts = ", ".join(f"{s.name} {len(s.keys)} of {of[s.name]}" for s in sessions)
+        counts = ", ".join(f"{s.name} {len(s.keys)} of {DATASETS[s.name].samples or '?'}" for s in sessions)
         print(f"samples, of those in the official sheets: {counts}")
     mean, std = (torch.tensor(v, device=args.device).view(3, 1, 1) for v in (backbone.mean, backbone.std))
     for session in sessions:
@@ -159,9 +163,8 @@ def _read_folds(path, sessions):
         if missing or twice:
             what = f"no line for the image {missing[0]}" if missing else f"subject {twice[0]} in two SLCV folds"
             sys.exit(f"error: {path}: session {session.name} has {what}")
-        print(
-            f"folds.csv: {session.name} has {len(own)} lines, {len(own) - len(session.keys)} of them without an image"
-        )
+        gone = len(own) - len(session.keys)
+        print(f"folds.csv: {session.name} has {len(own)} lines, {gone} of them without an image")
         columns = zip(("slcv", "ilcv"), np.array([numbers[key] for key in session.keys]).T)
         session.folds = dict(columns) | {"count": count, "digest": hashlib.sha256(repr(content).encode()).hexdigest()}
 
@@ -214,7 +217,7 @@ def synthetic(size=48, seed=0, sessions=STREAM):
     result = []
     for name in sessions:
         emotions, people = DATASETS[name].emotions, DATASETS[name].subjects
-        if None in (people, *emotions.values()) or not set(emotions) <= set(stream.EMOTION_UNITS):
+        if None in (people, DATASETS[name].samples) or not set(emotions) <= set(stream.EMOTION_UNITS):
             sys.exit(f"error: {name} cannot be made up: data.py lacks a count, or tiny/stream.py one of its emotions")
         labels, subjects, flows = stream.session(name, emotions, people, size, seed)
         images = np.concatenate([flow_to_image(flow[None]) for flow in flows])

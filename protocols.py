@@ -118,13 +118,13 @@ class Run:
         self.asked = args.folds or list(range(count))
         if not all(0 <= fold < count and self.asked.count(fold) == 1 for fold in self.asked):
             sys.exit(f"error: --folds {' '.join(map(str, self.asked))}: of 0 to {count - 1}, each once")
-        words = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-        rank, world = (int(word) if word.isdecimal() else -1 for word in words)
+        given = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        rank, world = (int(word) if word.isdecimal() else -1 for word in given)
         if not 0 <= rank < world or ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
             sys.exit("error: RANK and WORLD_SIZE must both be set, 0 <= RANK < WORLD_SIZE, or neither")
 
         elsewhere = ("folds", "out", "data", "weights", "device", "loaded")  # what is there is hashed below
-        tests = _sha([[s.keys.tolist(), *map(np.ndarray.tolist, f)] for s, f in zip(sessions, self.tests)])[:12]
+        cut = _sha([[s.keys.tolist(), *map(np.ndarray.tolist, f)] for s, f in zip(sessions, self.tests)])[:12]
         self.info = {  # all that the numbers depend on: runs that agree here give the same on the same machine
             "arguments": {name: value for name, value in vars(args).items() if name not in elsewhere},
             "merges": list(merges),
@@ -134,8 +134,8 @@ class Run:
             "counts": {s.name: {"samples": len(s.keys), "subjects": len(set(s.subjects.tolist())),
                                 "emotions": {e: int(sum(s.labels == e)) for e in s.emotions}} for s in sessions},
             "images": _sha([session.digest for session in sessions])[:12],
-            "tests": tests,
-            "folds": _sha([s.folds["digest"] for s in sessions])[:12] if listed else tests,
+            "tests": cut,
+            "folds": _sha([s.folds["digest"] for s in sessions])[:12] if listed else cut,
             "weights": args.loaded,
             "code": _code(os.path.realpath(sys.argv[0])),
             "versions": {name: metadata.version(name) for name in ("torch", "timm", "numpy", "pillow")}
@@ -149,10 +149,9 @@ class Run:
         os.makedirs(self.folder, exist_ok=True)
         write(os.path.join(self.folder, "run.json"), json.dumps(self.info, indent=1).encode())
 
-        print(
-            f"{args.method}, {args.backbone} ({args.loaded}), {args.protocol}, {args.device},"
-            f" images {self.info['images']}, folds {self.info['folds']} {'(folds.csv)' if listed else '(images)'}"
-        )
+        where = "folds.csv" if listed else "images"  # what the folds are made of
+        print(f"{args.method}, {args.backbone} ({args.loaded}), {args.protocol}, {args.device},"
+              f" images {self.info['images']}, folds {self.info['folds']} ({where})")  # fmt: skip
         self.folds, self.header_printed = [], False
         for fold in self.asked[rank::world]:  # under torchrun, rank r of w takes every w-th fold
             saved = read_fold(self.folder, self.info, fold)

@@ -27,12 +27,12 @@ import common
 import data
 import protocols
 import rch
+from tools import prepare
 
 MEASURES = {"accuracy": protocols.accuracy, **protocols.METRICS}
 DRAWS, FLIPS = 2000, 10_000  # of subjects for an interval, of signs for a p
 COLOURS = ("#0b3c8c", "#d1495b", "#2e8b57", "#c77700", "#7b3fa0", "#008b9a", "#8c4a1f", "#d63fae")
 MARKS, GREYS, DASHES = "os^Dv<>Pp*h", ("0.2", "0.4", "0.5", "0.3"), ("--", ":", "-.", (0, (8, 2)), (0, (1, 3)))
-USABLE = {"casme2": 244, "samm": 134, "mmew": 292, "casme3": 801}  # samples whose onset and apex are two frames
 TABLE2 = {  # (protocol, backbone, method): S1..S4, avg, last in %; the paper gives no standard deviations
     ("slcv", "resnet", "finetune"): (35.60, 25.74, 23.90, 21.04, 26.57, 21.04),
     ("slcv", "resnet", "foster"): (39.69, 17.38, 27.53, 28.38, 28.24, 28.38),
@@ -114,8 +114,7 @@ def find_runs(root):
 def title(info):
     """What the runs of one table have in common."""
     source, counts = "synthetic stream" if info["synthetic"] else "data", info["counts"]
-    sheets = [data.DATASETS[name].emotions if name in data.DATASETS else {"unknown": None} for name in counts]
-    official = [count for sheet in sheets for count in sheet.values()]
+    official = [data.DATASETS[name].samples if name in data.DATASETS else None for name in counts]
     of = "" if None in official else f" of {sum(official):,}"
     return (f"{info['protocol'].upper()}, {source}, {', '.join(counts)}, {info['preset']} preset,"
             f" {sum(count['samples'] for count in counts.values()):,}{of} samples,"
@@ -279,7 +278,8 @@ def numbers(info, seeds, how):
         sizes = abs(final - final.mean(1, keepdims=True)).mean(0)  # (R,)
         row_session = next(iter(seeds[0].values()))["row_session"]  # not every session brings a new row
         found["size of scores"] = [sizes[row_session == s].mean() if s in row_session else np.nan for s in sources]
-    return found | ({"paper": paper(info, seeds[0])} if paper(info, seeds[0]) else {})
+    published = paper(info, seeds[0])
+    return found | ({"paper": published} if published else {})
 
 
 def paper(info, folds):
@@ -290,7 +290,7 @@ def paper(info, folds):
     loso, counts = info["protocol"] == "loso", info["counts"]
     unchanged = all(name == "weights" and value != "none" for name, value in info["changed"].items())
     usual = list(counts) == ["casme2"] if loso else list(counts) == data.STREAM and info["fold_count"] == 5
-    enough = usual and all(count["samples"] >= 0.95 * USABLE[name] for name, count in counts.items())
+    enough = usual and all(count["samples"] >= 0.95 * prepare.SOURCES[name].usable for name, count in counts.items())
     if info["synthetic"] or info["preset"] != "paper" or not unchanged or not enough or len(folds) < info["fold_count"]:
         return ()
     return (TABLE2 | TABLE3).get((info["protocol"], info["backbone"], info["method"]), ())

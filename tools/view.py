@@ -66,8 +66,7 @@ def check(sessions):
     """Print samples, subjects and emotions of each session, beside the official sheets' counts where they are known."""
     for session in sessions:
         sheet = data.DATASETS[session.name]
-        total = sum(sheet.emotions.values()) if None not in sheet.emotions.values() else "?"
-        print(f"{session.name:7s} {len(session.keys):5d} samples of {total:>5}"
+        print(f"{session.name:7s} {len(session.keys):5d} samples of {sheet.samples or '?':>5}"
               f"  {len(set(session.subjects.tolist())):4d} subjects of {sheet.subjects or '?':>4}")  # fmt: skip
         for emotion, count in sheet.emotions.items():
             own = int((session.labels == emotion).sum())
