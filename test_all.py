@@ -30,7 +30,6 @@ import tempfile
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -1065,6 +1064,8 @@ TREES = [  # what differs in a small right folder, flags, what the line must say
 
 
 def test_mistakes_end_with_one_line(monkeypatch):
+    import timm  # after HF_HUB_OFFLINE is set: else each refused download is tried for seconds
+
     monkeypatch.setattr(timm, "create_model", functools.cache(timm.create_model))
     put(
         ".", {"empty.bin": b""} | dict.fromkeys(["text.pt", "text.safetensors", "file", "junk.npz", "hollow/a"], "text")
@@ -1092,6 +1093,8 @@ def test_mistakes_end_with_one_line(monkeypatch):
 
 def test_weight_files_of_every_kind(monkeypatch):
     """With the classifier in the file, which is left out; and prompts are accepted in a plain ViT."""
+    import timm  # after HF_HUB_OFFLINE is set: else each refused download is tried for seconds
+
     found = []
     for folder, change, kept in (("a", 0, False), ("b", 1, False), ("c", 0, True)):  # other weights, the same name
         content = torch.load(os.path.join(HERE, "tiny", "resnet.pt"), weights_only=True)
