@@ -91,6 +91,8 @@ def parse(description, settings):
         args.device = torch.zeros(1, device=name).device
     except Exception as error:  # torch raises a different type for every way in which a device can be missing
         sys.exit(f"error: --device {name}: {str(error).splitlines()[0]}")
+    if args.preset == "tiny" and args.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # a second one gains little, and loses much when other programs run
     # Training on CUDA is in bfloat16 (autocast); everything else is in full float32, and the same in every run. A timm
     # model that CUDA cannot train so stops with torch's own words. (mps lacks a deterministic max pooling.)
     torch.backends.cudnn.allow_tf32 = False
@@ -174,7 +176,7 @@ def batches(count, size, epochs, device):
     Drawn on the CPU: the order is the same on every device. A last batch of one is dropped, since BatchNorm needs two.
     """
     drawn = [torch.randperm(count).to(device) for _ in range(epochs)]
-    return tqdm([batch for order in drawn for batch in order.split(size) if len(batch) > 1], disable=None, leave=False)
+    return data.progress([b for order in drawn for b in order.split(size) if len(b) > 1], "training")
 
 
 def autocast(args):
@@ -188,8 +190,8 @@ def extract(network, images, *others, size=256):
 
     `others` are tensors (N, ...) that go along. Whoever calls it has set the network to eval mode.
     """
-    parts = zip(images.split(size), *(other.split(size) for other in others))
-    return torch.cat([network(*part).float() for part in parts])
+    parts = list(zip(images.split(size), *(other.split(size) for other in others)))
+    return torch.cat([network(*part).float() for part in data.progress(parts, "features")])
 
 
 def launch(main, kept="finished folds are kept, the same command goes on from there"):
@@ -198,7 +200,7 @@ def launch(main, kept="finished folds are kept, the same command goes on from th
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print(f"\ninterrupted; {kept}", file=sys.stderr)
+        tqdm.write(f"\ninterrupted; {kept}", sys.stderr)  # clears the bars first
         sys.exit(130)
     except BrokenPipeError:  # `python ranpac.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at its end

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from tiny import stream
 
@@ -78,6 +79,15 @@ class Session:
     keys: np.ndarray
     digest: str
     folds: dict = None
+
+
+def progress(items, what, total=None):
+    """The items, with a bar on a terminal once they take more than a second (side by side: only of the first process).
+
+    Its rate is in items, e.g. batches, per second.
+    """
+    hidden = True if os.environ.get("RANK", "0") != "0" else None  # None: where there is no terminal
+    return tqdm(items, what, total, leave=False, delay=1, disable=hidden)
 
 
 def load_sessions(args, backbone):
@@ -178,7 +188,7 @@ def _read_session(path, name, samples, size):
         sys.exit(f"error: {path}: no images of session {name}; expected folders such as {name}_{next(iter(emotions))}")
     labels, _, keys, subjects = (np.array(column) for column in zip(*samples))
     images, digest = np.empty((len(samples), 3, size, size), np.uint8), hashlib.sha256()
-    for i, key in enumerate(keys):
+    for i, key in enumerate(progress(keys, name)):
         try:
             with open(os.path.join(path, key), "rb") as file:
                 content = file.read()
@@ -220,7 +230,7 @@ def synthetic(size=48, seed=0, sessions=STREAM):
         if None in (people, DATASETS[name].samples) or not set(emotions) <= set(stream.EMOTION_UNITS):
             sys.exit(f"error: {name} cannot be made up: data.py lacks a count, or tiny/stream.py one of its emotions")
         labels, subjects, flows = stream.session(name, emotions, people, size, seed)
-        images = np.concatenate([flow_to_image(flow[None]) for flow in flows])
+        images = np.concatenate([flow_to_image(flow[None]) for flow in progress(flows, name, len(labels))])
         keys = np.array([f"{name}_{e}/sub{s:03d}_{i:04d}.png" for i, (e, s) in enumerate(zip(labels, subjects))])
         order = np.argsort(keys)  # they begin with the emotion
         digest = hashlib.sha256(f"{code} {name} {seed} {emotions} {people}".encode()).hexdigest()

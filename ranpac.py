@@ -40,7 +40,7 @@ SETTINGS = {  # name: (paper preset, tiny preset); each is a flag
     "batch": (16, 32),
     "lr": (2e-5, 5e-4),
     "weight_decay": (0.05, 0.05),
-    "projected": (10_000, 10_000),  # M
+    "projected": (10_000, 2_000),  # M; on 96 to 192 features more columns only take time
 }
 LAMBDAS = [10.0**power for power in range(-8, 9)]
 
@@ -48,6 +48,13 @@ LAMBDAS = [10.0**power for power in range(-8, 9)]
 def to_float64(x):
     """x in float64, which mps lacks: the ridge then runs on the CPU."""
     return (x.cpu() if x.device.type == "mps" else x).double()
+
+
+def eigen(gram):
+    """Eigenvalues (k,) and eigenvectors (n, k) of a Gram matrix (n, n), without those that are rounding errors of 0."""
+    eigenvalues, u = torch.linalg.eigh(gram)
+    keep = eigenvalues > 1e-13 * eigenvalues.max()
+    return eigenvalues[keep], u[:, keep]
 
 
 class LowRankRidge:
@@ -68,37 +75,37 @@ class LowRankRidge:
         self.z = torch.zeros(0, 0, dtype=torch.float64)  # Z (k, R)
         self.eigenvalues = torch.zeros(0, dtype=torch.float64)  # of G, those that are not 0 (k,)
 
-    def update(self, h, y):
-        """Add samples: h (n, M) features, y (n, R) targets. R may grow from call to call."""
+    def update(self, h, y, gram=None):
+        """Add samples: h (n, M) features, y (n, R) targets; gram is h h^T, if known. R may grow from call to call."""
         h, y = to_float64(h), to_float64(y)
         assert h.shape[1] == self.s.shape[1] and len(y) == len(h) and y.shape[1] >= self.z.shape[1]
-        s = torch.cat([self.s.to(h.device), h])  # (k + n, M), with S^T S = G + h^T h
-        z = F.pad(self.z.to(h.device), (0, y.shape[1] - self.z.shape[1]))  # old samples are 0 in the new columns
-        z = torch.cat([z, y])  # (k + n, R), with S^T Z = Q + h^T y
+        # The new S is the old one with h below it: S^T S = G + h^T h. The new Z too: S^T Z = Q + h^T y.
+        s, z = self.s.to(h.device), F.pad(self.z.to(h.device), (0, y.shape[1] - self.z.shape[1]))  # old y: 0 there
+        k, gram = len(s), h @ h.T if gram is None else gram
+        gram = torch.block_diag(torch.diag(self.eigenvalues.to(h.device)), gram)  # S S^T: of the old S it is diagonal
+        gram[k:, :k] = h @ s.T  # eigh reads nothing above the diagonal
         # S S^T = U diag(eigenvalues) U^T. U is orthogonal, so U^T S and U^T Z have the same products S^T S and S^T Z.
         # The squared length of a row u^T S is its eigenvalue: where that is 0, so is the row, and it can go.
-        eigenvalues, u = torch.linalg.eigh(s @ s.T)
-        keep = eigenvalues > 1e-13 * eigenvalues.max()  # the others are only rounding errors
-        self.eigenvalues, u = eigenvalues[keep], u[:, keep]
-        self.s, self.z = u.T @ s, u.T @ z
+        self.eigenvalues, u = eigen(gram)
+        self.s = torch.addmm(u[:k].T @ s, u[k:].T, h)  # U^T S, old part and new part
+        self.z = u.T @ torch.cat([z, y])
 
     def weights(self, lam):
         """Ridge weights (M, R) for regularisation `lam`."""
         return self.s.T @ (self.z / (self.eigenvalues + lam)[:, None])
 
 
-def choose_lambda(h, y):
+def choose_lambda(h, y, gram=None):
     """The lambda of LAMBDAS that predicts a random fifth of the samples h (n, M), y (n, R) best, fitted on the others.
 
     Only the session's own samples are there to choose on. Errors within 1 % count as equal; of those the largest
-    lambda, the smoothest classifier, is taken.
+    lambda, the smoothest classifier, is taken. gram is h h^T (n, n) in float64, if known: it is all that is needed.
     """
     held_out, fitted = torch.randperm(len(h)).to(h.device).tensor_split([max(1, len(h) // 5)])
-    ridge = LowRankRidge(h.shape[1])
-    ridge.update(h[fitted], y[fitted])
-    # The predictions are h @ ridge.weights(lam); what does not depend on lambda is computed once.
-    left, y = to_float64(h[held_out]) @ ridge.s.T, to_float64(y[held_out])  # (n, k), (n, R)
-    errors = torch.stack([F.mse_loss(left @ (ridge.z / (ridge.eigenvalues + lam)[:, None]), y) for lam in LAMBDAS])
+    gram, y = to_float64(h) @ to_float64(h).T if gram is None else gram, to_float64(y)
+    eigenvalues, u = eigen(gram[fitted][:, fitted])  # with S = u^T h[fitted] and Z = u^T y[fitted], as above,
+    left, z = gram[held_out][:, fitted] @ u, u.T @ y[fitted]  # the predictions are (h[held_out] S^T) diag(...) Z
+    errors = torch.stack([F.mse_loss(left @ (z / (eigenvalues + lam)[:, None]), y[held_out]) for lam in LAMBDAS])
     return max(lam for lam, error in zip(LAMBDAS, errors) if error <= 1.01 * errors.min())
 
 
@@ -145,10 +152,10 @@ def main():
                 backbone.eval()
 
             # ---- add up: phase 2, in every session ----
-            h = F.relu(common.extract(backbone, x) @ projection)  # (N, M)
-            one_hot = F.one_hot(y, new.stop)  # (N, R)
-            lam = choose_lambda(h, one_hot)
-            ridge.update(h, one_hot)
+            h = to_float64(F.relu(common.extract(backbone, x) @ projection))  # (N, M)
+            gram, one_hot = h @ h.T, F.one_hot(y, new.stop)  # (N, N), (N, R)
+            lam = choose_lambda(h, one_hot, gram)
+            ridge.update(h, one_hot, gram)
             weights = ridge.weights(lam)  # (M, R) float64
 
             # ---- test on the fold-i parts of all sessions so far ----

@@ -12,6 +12,7 @@ import collections
 import contextlib
 import copy
 import doctest
+import fcntl
 import functools
 import glob
 import hashlib
@@ -24,9 +25,11 @@ import runpy
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 
 import numpy as np
 import pytest
@@ -73,7 +76,7 @@ PROMPT = dict(epochs_first=(60, 10), epochs_next=(10, 3), batch=(16, 16), lr=(0.
 SETTINGS = {  # (paper preset, tiny preset): the benchmark's paper, and what it leaves open, as agreed
     "finetune": TRAIN, "der": TRAIN, "foster": TRAIN, "controls.norch": TRAIN, "controls.joint": TRAIN_ONCE,
     "l2p": PROMPT | dict(pool=(10, 10), chosen=(5, 5), pull=(0.1, 0.1)), "dualprompt": PROMPT,
-    "ranpac": TRAIN_ONCE | dict(projected=(10_000, 10_000)), "controls.pixels": dict(projected=(10_000, 10_000)),
+    "ranpac": TRAIN_ONCE | dict(projected=(10_000, 2_000)), "controls.pixels": dict(projected=(10_000, 2_000)),
     "controls.linear": dict(epochs_first=(60, 10), epochs_next=(10, 3), batch=(16, 16), lr=(1e-3, 1e-2)),
 }  # fmt: skip
 GOLDEN = {  # accuracy of the first merge after each session, as BRIEF, one thread; made by `python test_all.py`
@@ -500,8 +503,9 @@ def test_ranpac_chooses_lambda_and_adds_up_as_dense_solves_do():
     for t in range(4):  # fewer samples than columns, and more
         h = torch.randn(60 + 40 * t, 100, generator=generator).relu()
         y = F.one_hot(torch.randint(5, (len(h),), generator=generator), 5)
+        known = [h.double() @ h.double().T] * (t % 2)
         torch.manual_seed(3)
-        chosen = ranpac.choose_lambda(h, y)
+        chosen = ranpac.choose_lambda(h, y, *known)
         torch.manual_seed(3)
         tried, fitted = torch.randperm(len(h)).tensor_split([len(h) // 5])
         weights = {lam: dense_ridge(h[fitted], y[fitted], lam) for lam in ranpac.LAMBDAS[5:]}  # below it is the worse
@@ -509,7 +513,7 @@ def test_ranpac_chooses_lambda_and_adds_up_as_dense_solves_do():
         assert chosen == max(lam for lam, error in errors.items() if error <= 1.01 * min(errors.values()))
         assert len({round(error, 6) for error in errors.values()}) > 5
         hs, ys = [*hs, h], [*(F.pad(old, (0, 5)) for old in ys), F.pad(y, (5 * t, 0))]
-        ridge.update(h, ys[-1])
+        ridge.update(h, ys[-1], *known)
         for lam in (1.0, 1e3, 1e8):
             dense = dense_ridge(torch.cat(hs), torch.cat(ys), lam)
             assert (ridge.weights(lam) - dense).norm() < 1e-8 * dense.norm()
@@ -598,13 +602,13 @@ def test_every_tensor_is_on_the_device(script):
                 part._parameters[name] = nn.Parameter(torch.empty_like(p, device=place))
         return module
 
-    def choose_lambda(h, y):  # the real one looks at numbers, which fake tensors do not have
-        assert h.device.type == y.device.type == "cuda" and len(h) == len(y)
+    def choose_lambda(h, y, gram):  # the real one looks at numbers, which fake tensors do not have
+        assert h.device.type == y.device.type == gram.device.type == "cuda" and len(h) == len(y) == len(gram)
         return 1.0
 
-    def update(self, h, y):  # so does the real one; its result is of this kind
+    def update(self, h, y, gram):  # so does the real one; its result is of this kind
         self.s, self.z, self.eigenvalues = h.double(), y.double(), torch.ones(len(h), device=device).double()
-        choose_lambda(h, y)
+        choose_lambda(h, y, gram)
 
     def launch(main):
         ridge = type("Ridge", (ranpac.LowRankRidge,), {"update": update})
@@ -674,8 +678,8 @@ NEW_METHOD = {"stub.py": STUB, "helper.py": HELPER, "lib/__init__.py": "", "lib/
 
 
 # fmt: off
-def process(*words, stdout=subprocess.PIPE, **others):
-    others |= dict(stdout=stdout, stderr=subprocess.PIPE, text=True)
+def process(*words, **others):
+    others = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) | others
     STARTED.append(subprocess.Popen([sys.executable, *words], **others))
     return STARTED[-1]
 
@@ -971,6 +975,16 @@ def test_many_processes_make_the_files_of_one(monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_the_tiny_preset_takes_one_thread_of_a_cpu(monkeypatch):
+    for variable, preset, expected in (("", "tiny", [1]), ("OMP_NUM_THREADS", "tiny", []), ("", "paper", [])):
+        asked = []
+        monkeypatch.setattr(torch, "set_num_threads", asked.append)
+        monkeypatch.setattr(sys, "argv", ["finetune.py", "--preset", preset, "--device", "cpu"])
+        monkeypatch.setattr(os, "environ", {variable: "2"})
+        common.parse("", {})
+        assert asked == expected, (variable, preset)
+
+
 def test_killed_anywhere_a_run_goes_on_to_the_undisturbed_numbers():
     """SIGKILL in training, in evaluation and at each step of writing a file."""
     # Folds kept. Per fold 7 + 4 steps, 2 tests, 1 file; before them one pass measures the network, run.json is written.
@@ -1019,17 +1033,24 @@ def test_a_run_goes_on_after_diverging_a_full_disk_and_an_interrupt():
 def test_an_interrupt_and_a_closed_pipe_in_a_terminal():
     # A job in the background would ignore Ctrl-C.
     listens = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    endless = process("-u", os.path.join(HERE, "finetune.py"), *TWO, "--epochs-first", "9999", preexec_fn=listens)
+    screen, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 40, 100, 0, 0))  # lines and columns
+    words = [os.path.join(HERE, "finetune.py"), *TWO, "--epochs-first", "300"]
+    endless = process(*words, stderr=terminal, preexec_fn=listens)
+    os.close(terminal)
     closed, pipe = os.pipe()
     os.close(closed)
     for words in (["-m", *PIXELS, "--out", "x"], ["-c", "import common; common.launch(lambda: print(1))"]):
         quiet = process(*words, stdout=pipe)
         assert quiet.communicate()[1] == "" and quiet.returncode == 1, words
-    while not (line := endless.stdout.readline()).startswith("finetune, vit"):
-        assert line, endless.stderr.read()
-    endless.send_signal(signal.SIGINT)
-    _, errors = endless.communicate(timeout=100)
-    assert endless.returncode == 130 and re.fullmatch("\ninterrupted; .*\n", errors), errors
+    seen, asked = "", False
+    with contextlib.suppress(OSError):  # the screen's end
+        while part := os.read(screen, 10_000).decode(errors="replace"):
+            seen += part
+            if not asked and re.search(r"training: +\d+%.*\d/2100 .*<.*it/s", seen):  # 300 times seven batches
+                endless.send_signal(signal.SIGINT)
+                asked = True
+    assert endless.wait() == 130 and re.search(r"\r +\r\r\ninterrupted; [^\r\n]*\r\n$", seen), seen
     assert [os.path.basename(path) for path in glob.glob("results/*/*/*")] == ["run.json"]
 
 

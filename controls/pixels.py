@@ -18,7 +18,7 @@ import protocols
 import rch
 from ranpac import LowRankRidge, choose_lambda, to_float64
 
-SETTINGS = {"projected": (10_000, 10_000)}  # name: (paper preset, tiny preset); M
+SETTINGS = {"projected": (10_000, 2_000)}  # name: (paper preset, tiny preset); M
 
 
 class Pixels(nn.Module):
@@ -54,10 +54,10 @@ def main():
             y = torch.from_numpy(rows.targets(session.labels[train])).to(args.device)  # (N,)
 
             # ---- add up ----
-            h = F.relu(common.extract(pixels, session.images[train]) @ projection)  # (N, M)
-            one_hot = F.one_hot(y, new.stop)  # (N, R)
-            lam = choose_lambda(h, one_hot)
-            ridge.update(h, one_hot)
+            h = to_float64(F.relu(common.extract(pixels, session.images[train]) @ projection))  # (N, M)
+            gram, one_hot = h @ h.T, F.one_hot(y, new.stop)  # (N, N), (N, R)
+            lam = choose_lambda(h, one_hot, gram)
+            ridge.update(h, one_hot, gram)
 
             # ---- test on the fold-i parts of all sessions so far ----
             test_h.append(F.relu(common.extract(pixels, session.images[test]) @ projection))  # the earlier h are kept

@@ -20,6 +20,7 @@ import time
 import torch
 
 import common
+import data
 
 METHODS = ("finetune", "foster", "der", "l2p", "dualprompt", "ranpac")
 FROZEN = ["ranpac.py", "--epochs-first", "0"]  # the ridge on the network as it came
@@ -65,13 +66,14 @@ def run_all(rows, jobs):
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         waiting = {pool.submit(run, words): " ".join(words) for words in rows}
         try:
-            for done, future in enumerate(concurrent.futures.as_completed(waiting), 1):
+            finished = data.progress(concurrent.futures.as_completed(waiting), "rows", len(rows))
+            for done, future in enumerate(finished, 1):
                 result, name = future.result(), waiting[future]
                 if result.returncode:
                     failed.append(f"python {name}: {(result.stderr.strip() or 'no word').splitlines()[-1]}")
                 state = "failed" if result.returncode else "done"
-                print(f"{len(rows) - done} of {len(rows)} left after {time.time() - start:.0f} s; {state}: {name}",
-                      file=sys.stderr, flush=True)  # fmt: skip
+                left = f"{len(rows) - done} of {len(rows)} left after {time.time() - start:.0f} s"
+                finished.write(f"{left}; {state}: {name}", sys.stderr)
         finally:
             pool.shutdown(cancel_futures=True)  # after Ctrl-C the rest is not begun
     return failed
