@@ -103,34 +103,53 @@ def parse(description, settings):
 
 
 # ---- backbones -------------------------------------------------------------------------------------------------------
+def create(args, size=None):
+    """timm's network for args.backbone and args.preset, with random weights; and its words on images (S, mean, std).
+
+    Its features (B, d) are the class token after the last norm (ViT) or pooled (Swin, ResNet): num_classes=0.
+    size  the images' side in pixels, where it is not the model's own
+    """
+    import timm  # here, since it takes seconds: --help and mistakes come at once
+
+    name, smaller = CHECKPOINTS.get(args.backbone, args.backbone), {}
+    if args.preset == "tiny":
+        if args.backbone not in TINY:
+            sys.exit(f"error: --backbone {args.backbone}: --preset tiny has {', '.join(TINY)}; take --preset paper")
+        (name, smaller), size = TINY[args.backbone], TINY_SIZE
+    torch.manual_seed(args.seed)  # for --weights none
+    try:
+        if size and timm.get_pretrained_cfg(name).fixed_input_size:  # others take images of any size
+            smaller = {"img_size": size, **smaller}
+        network = timm.create_model(name, num_classes=0, **smaller)
+    except Exception:  # timm raises a different type for every way in which a name can be wrong
+        fit = f" that takes {size} pixels" if size else ""
+        sys.exit(f"error: --backbone {args.backbone}: must be vit, swin, resnet or a timm model id{fit}")
+    config = timm.data.resolve_model_data_config(network)
+    if args.preset == "tiny":
+        config |= {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    return network, (size or config["input_size"][-1], config["mean"], config["std"])
+
+
 def make_backbone(args, parts=None):
     """The pretrained backbone, in eval mode, on the device: images (B, 3, S, S) -> features (B, d).
 
-    It carries what its images must be (.image_size S; .mean, .std, 3 floats each) and .num_features d. timm with
-    num_classes=0 gives the class token after the last norm (ViT) or the pooled features (Swin, ResNet). parts(network,
+    It carries what its images must be (.image_size S; .mean, .std, 3 floats each) and .num_features d. parts(network,
     x), if given, puts the network together from its parts, as the prompt methods do; where that is not what network(x)
     gives, the network is refused. Ends with one line on this, on an unknown backbone, and on weights that cannot be
     downloaded or read, or do not match.
     """
-    import timm  # here, since it takes seconds: --help and mistakes come at once
+    import timm
 
-    name, smaller, weights = CHECKPOINTS.get(args.backbone, args.backbone), {}, args.weights
-    if args.preset == "tiny":
-        if args.backbone not in TINY:
-            sys.exit(f"error: --backbone {args.backbone}: --preset tiny has {', '.join(TINY)}; take --preset paper")
-        name, smaller = TINY[args.backbone]
-        weights = os.path.join(HERE, "tiny", f"{args.backbone}.pt") if weights is None else weights
-    if weights not in (None, "none") and not os.path.isfile(weights):
-        sys.exit(f"error: {weights!r}: no such weight file; --weights none starts from random weights")
-    torch.manual_seed(args.seed)  # for --weights none
-    try:
-        network = timm.create_model(name, num_classes=0, **smaller)
-    except Exception:  # timm raises a different type for every way in which a name can be wrong
-        sys.exit(f"error: --backbone {args.backbone}: must be vit, swin, resnet or a timm model id")
-    config = timm.data.resolve_model_data_config(network)
-    if args.preset == "tiny":
-        config = {"input_size": (3, TINY_SIZE, TINY_SIZE), "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    images = torch.zeros(2, *config["input_size"])
+    name, weights, size = CHECKPOINTS.get(args.backbone, args.backbone), args.weights, None
+    if args.preset == "tiny" and args.backbone in TINY and weights is None:
+        weights = os.path.join(HERE, "tiny", f"{args.backbone}.pt")
+    if weights not in (None, "none"):
+        if not os.path.isfile(weights):
+            sys.exit(f"error: {weights!r}: no such weight file; --weights none starts from random weights")
+        with contextlib.suppress(Exception):  # only files of tiny.pretrain say so; what is no weight file is seen below
+            size = torch.load(weights, weights_only=True, mmap=True)["made"]["size"]
+    network, (image_size, mean, std) = create(args, size)
+    images = torch.zeros(2, 3, image_size, image_size)
     if parts and not _same(network, parts, images):  # tried before anything is downloaded
         sys.exit(f"error: --backbone {args.backbone}: {args.method} needs a plain ViT with a class token, such as vit")
     try:
@@ -150,9 +169,10 @@ def make_backbone(args, parts=None):
     if features.ndim != 2:
         sys.exit(f"error: --backbone {args.backbone}: gives {tuple(features.shape)}, not one feature vector per image")
     network.num_features = features.shape[1]
-    network.image_size, network.mean, network.std = config["input_size"][-1], config["mean"], config["std"]
+    network.image_size, network.mean, network.std = image_size, mean, std
     digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in network.state_dict().values())).hexdigest()
-    args.loaded = f"{os.path.basename(weights or name)}, sha256 {digest[:12]}"
+    pixels = f"{size} px, " if size else ""
+    args.loaded = f"{os.path.basename(weights or name)}, {pixels}sha256 {digest[:12]}"
     return network.to(args.device, memory_format=torch.channels_last)  # convolutions run faster in it
 
 

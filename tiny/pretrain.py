@@ -1,10 +1,15 @@
-"""Make a weight file of the tiny preset: a small network, pre-trained to see motion through drift and noise.
+"""Make a weight file: a network pre-trained on made-up flow, to see motion through drift and noise.
 
 The tiny preset starts from tiny/vit.pt, swin.pt or resnet.pt, as the paper preset does from ImageNet's checkpoints.
 They are trained on flow images of random bumps, without faces, action units or emotions, to predict the clean flow on a
-grid of 6 x 6 cells; the last layer is then thrown away.
+grid of 6 x 6 cells; the last layer is then thrown away. Any other timm model can be trained so, too:
 
-    python -m tiny.pretrain --backbone vit       6 to 17 minutes on two cores; makes tiny/vit.pt anew
+    python -m tiny.pretrain --backbone vit       10 to 25 minutes on two cores; makes tiny/vit.pt anew
+    python -m tiny.pretrain --backbone vit_base_patch16_224 --size 96
+    python ranpac.py --data processed --backbone vit_base_patch16_224 --weights vit_base_patch16_224-96.pt
+
+It starts from random weights, on CUDA where there is one. Every image is made for one step and then forgotten. (The
+three files here saw 98,000 images six times instead; the command in each is that of the time.)
 
 Shapes: B batch, N images, S image side in pixels, K bumps of motion.
 """
@@ -12,7 +17,6 @@ Shapes: B batch, N images, S image side in pixels, K bumps of motion.
 import io
 import os
 import sys
-import time
 
 import numpy as np
 import torch
@@ -44,71 +48,75 @@ def random_flows(random, count, size, bumps=6):
     return clean, seen
 
 
-def make_images(count, seed):
-    """The images (N, 3, S, S) uint8 of random flows, and the clean flow to predict from each (N, 72): 6 x 6 cells."""
-    random, size = np.random.RandomState(seed), common.TINY_SIZE
-    images, targets = torch.empty(count, 3, size, size, dtype=torch.uint8), torch.empty(count, 72)
-    for i in range(0, count, 1000):
-        clean, seen = random_flows(random, min(1000, count - i), size)
-        images[i : i + 1000] = torch.from_numpy(data.flow_to_image(seen))
+class Batches(torch.utils.data.Dataset):
+    """Batches number 0 to count - 1: images (B, 3, S, S) uint8, and the clean flow to predict (B, 72): 6 x 6 cells."""
+
+    def __init__(self, count, batch, size, seed):
+        self.count, self.batch, self.size, self.seed = count, batch, size, seed
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        clean, seen = random_flows(np.random.RandomState([self.seed, i]), self.batch, self.size)
         # The image's value is relative to its strongest motion, so the target is too. 7 makes its variance about 1.
         relative = 7 * clean / np.hypot(seen[..., 0], seen[..., 1]).max((1, 2))[:, None, None, None]
-        cells = relative.reshape(-1, 6, size // 6, 6, size // 6, 2).mean((2, 4))
-        targets[i : i + 1000] = torch.from_numpy(cells.reshape(-1, 72))
-    return images, targets
-
-
-def normalise(images):
-    return (images.float() / 255 - 0.5) / 0.5
+        cells = F.adaptive_avg_pool2d(torch.from_numpy(relative).float().permute(0, 3, 1, 2), 6)  # (B, 2, 6, 6)
+        return torch.from_numpy(data.flow_to_image(seen)), cells.flatten(1)
 
 
 def main():
     p = common.parser(__doc__)
-    p.add_argument("--backbone", choices=list(common.TINY), default="vit", help="(default: vit)")
-    for flag, default in (("images", 100_000), ("epochs", 6), ("batch", 64), ("seed", 0)):
+    p.add_argument("--backbone", default="vit", help="vit, swin, resnet (the tiny ones) or a timm id (default: vit)")
+    p.add_argument("--size", type=int, metavar="S", help="of a timm model's images, in pixels (default: its own)")
+    for flag, default in (("images", 600_000), ("batch", 64), ("seed", 0)):
         p.add_argument(f"--{flag}", type=int, default=default, metavar="N", help=f"(default: {default})")
-    p.add_argument("--out", metavar="FILE", help="(default: tiny/BACKBONE.pt beside this script)")
+    p.add_argument("--lr", type=float, default=1e-3, metavar="X", help="the largest learning rate (default: 0.001)")
+    p.add_argument("--out", metavar="FILE", help="(default: tiny/NAME.pt beside this script, or ID-S.pt here)")
     args = p.parse_args()
-    for flag, least in (("images", 100), ("epochs", 1), ("batch", 2), ("seed", 0)):
-        if not least <= getattr(args, flag) < 2**32:
-            sys.exit(f"error: --{flag} {getattr(args, flag)}: must be at least {least} and less than 2**32")
-    out = os.path.join(common.HERE, "tiny", f"{args.backbone}.pt") if args.out is None else args.out
-    if not os.path.basename(out) or os.path.isdir(out):
-        sys.exit(f"error: --out {out!r}: must name a file")
+    args.preset = "tiny" if args.backbone in common.TINY else "paper"
+    if args.preset == "tiny" and args.size not in (None, common.TINY_SIZE):
+        sys.exit(f"error: --size {args.size}: {args.backbone} takes {common.TINY_SIZE} pixels; or name a timm id")
+    for flag, least in (("size", 6), ("batch", 2), ("images", args.batch), ("seed", 0)):
+        if not least <= (least if getattr(args, flag) is None else getattr(args, flag)) < 2**31:
+            sys.exit(f"error: --{flag} {getattr(args, flag)}: must be at least {least} and less than 2**31")
+    if args.out is not None and (not os.path.basename(args.out) or os.path.isdir(args.out)):
+        sys.exit(f"error: --out {args.out!r}: must name a file")
+    args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backbone, (size, mean, std) = common.create(args, args.size)
+    tiny = os.path.join(common.HERE, "tiny", f"{args.backbone}.pt")
+    out = args.out or (tiny if args.preset == "tiny" else f"{args.backbone.replace('/', '-')}-{size}.pt")
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     protocols.write(f"{out}.try", b"")  # a folder that cannot be written to is better known before the training
     os.remove(f"{out}.try")
 
-    import timm  # here, since it takes seconds: --help and mistakes come at once
-
-    torch.manual_seed(args.seed)
-    images, targets = make_images(args.images, args.seed)
-    held_out, trained = args.images // 50, args.images - args.images // 50  # the first 2 % are never trained on
-    name, smaller = common.TINY[args.backbone]
-    backbone = timm.create_model(name, num_classes=0, **smaller)
-    network = nn.Sequential(backbone, nn.Linear(backbone.eval()(normalise(images[:1])).shape[1], 72))
-    optimizer = torch.optim.AdamW(network.parameters(), 1e-3, weight_decay=0.05, fused=True)
-    steps = args.epochs * (trained // args.batch + (trained % args.batch > 1))  # `batches` drops a last batch of one
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.05)
-    begin = time.perf_counter()
-    for epoch in range(args.epochs):
+    mean, std = (torch.tensor(values, device=args.device).view(3, 1, 1) for values in (mean, std))
+    normalise = lambda images: (images.to(args.device).float() / 255 - mean) / std  # noqa: E731
+    held_out = Batches(1 + 1000 // args.batch, args.batch, size, args.seed + 2**31)  # of another seed
+    tests, targets = (torch.cat(parts) for parts in zip(*(held_out[i] for i in range(len(held_out)))))
+    made = Batches(args.images // args.batch, args.batch, size, args.seed)
+    width = backbone.eval()(torch.zeros(1, 3, size, size)).shape[1]
+    network = nn.Sequential(backbone, nn.Linear(width, 72)).to(args.device)
+    optimizer = torch.optim.AdamW(network.parameters(), args.lr, weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=len(made), pct_start=0.05)
+    loader = torch.utils.data.DataLoader(made, batch_size=None, num_workers=os.cpu_count())  # they make the images
+    for step, (images, clean) in enumerate(bar := data.progress(loader, "training"), 1):
         network.train()
-        for batch in common.batches(trained, args.batch, 1, "cpu"):
-            batch = batch + held_out  # (B,)
-            loss = F.smooth_l1_loss(network(normalise(images[batch])), targets[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        network.eval()
-        predicted = common.extract(network, normalise(images[:held_out]))
-        test = F.smooth_l1_loss(predicted, targets[:held_out]).item()
-        none = F.smooth_l1_loss(torch.zeros_like(predicted), targets[:held_out]).item()
-        speed = (epoch + 1) * trained / (time.perf_counter() - begin)
-        print(f"epoch {epoch + 1}/{args.epochs}  held-out loss {test:.4f} (predicting no motion: {none:.4f})  "
-              f"{speed:.0f} images/s", flush=True)  # fmt: skip
-    typed = " ".join(f"--{name} {getattr(args, name)}" for name in ("backbone", "images", "epochs", "batch", "seed"))
-    made = {"command": f"python -m tiny.pretrain {typed}", "held_out_loss": test, "no_motion_loss": none}
+        with common.autocast(args):
+            predicted = network(normalise(images))  # (B, 72)
+        loss = F.smooth_l1_loss(predicted.float(), clean.to(args.device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step in {len(made) * tenth // 10 for tenth in range(1, 11)}:
+            network.eval()
+            predicted = common.extract(lambda images: network(normalise(images)), tests, size=args.batch).cpu()
+            test, none = (F.smooth_l1_loss(p, targets).item() for p in (predicted, torch.zeros_like(predicted)))
+            bar.write(f"{step * args.batch} images  held-out loss {test:.4f} (predicting no motion: {none:.4f})")
+    typed = {name: getattr(args, name) for name in ("backbone", "images", "batch", "seed", "lr")} | {"size": size}
+    command = " ".join(["python -m tiny.pretrain", *(f"--{name} {value}" for name, value in typed.items())])
+    made = {"command": command, "size": size, "held_out_loss": test, "no_motion_loss": none}
     state = {key: v.half() if v.is_floating_point() else v for key, v in backbone.state_dict().items()}
     file = io.BytesIO()
     torch.save({"state_dict": state, "made": made | {"torch": str(torch.__version__)}}, file)
@@ -117,4 +125,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    common.launch(main, "nothing is written")
