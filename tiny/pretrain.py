@@ -92,7 +92,7 @@ def main():
 
     mean, std = (torch.tensor(values, device=args.device).view(3, 1, 1) for values in (mean, std))
     normalise = lambda images: (images.to(args.device).float() / 255 - mean) / std  # noqa: E731
-    held_out = Batches(1 + 1000 // args.batch, args.batch, size, args.seed + 2**31)  # of another seed
+    held_out = Batches(1 + 500 // args.batch, args.batch, size, args.seed + 2**31)  # of another seed
     tests, targets = (torch.cat(parts) for parts in zip(*(held_out[i] for i in range(len(held_out)))))
     made = Batches(args.images // args.batch, args.batch, size, args.seed)
     width = backbone.eval()(torch.zeros(1, 3, size, size)).shape[1]

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import cv2
@@ -30,7 +31,7 @@ import common
 import data
 import protocols
 from tiny import pretrain
-from tools import prepare, report, tables, view
+from tools import bench, prepare, report, tables, view
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -935,6 +936,69 @@ def test_mistakes_end_with_one_line(tmp_path, call):
         assert not out and notes.splitlines()[-1].startswith("error: ") and error in notes.splitlines()[-1], words
 
 
+def test_bench_gpu_tried_on_the_cpu(monkeypatch, capsys):
+    """The tables have a row per script, CPU against CPU differs by nothing, and what fails is one line and is counted.
+
+    Not driven here: the processes side by side, which take long to start, and what only CUDA can tell."""
+
+    def call(scripts, *parts):
+        monkeypatch.setattr(bench, "SCRIPTS", scripts)
+        monkeypatch.setattr(sys, "argv", ["bench", "--gpu", "--device", "cpu", "--parts", *parts])
+        try:
+            bench.main()
+        except SystemExit as stop:
+            return capsys.readouterr().out, stop.code
+        return capsys.readouterr().out, None
+
+    out, stop = call(["controls.linear", "nowhere", "controls.pixels"], "scores", "sessions", "ridges")
+    lines = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("| ")]
+    assert [line[:3] for line in lines[2:4]] == [[f"controls.{name}", "0 %", "0 %"] for name in ("linear", "pixels")]
+    rows = [line for line in lines if len(line) == 5 and line[0] != "---"][1:]
+    what = [f"{line[0]} {line[1]} {line[3]} {line[4]}" for line in rows]
+    assert what == ["controls.linear vit - -", "controls.pixels vit - -", "controls.linear swin - -"]
+    assert all(0 <= float(line[2]) < 60 for line in rows)
+    assert len(lines[-1]) == 4 and all(float(cell) > 0 for cell in lines[-1])  # the ridge's sessions
+    assert out.count("failed: nowhere: ModuleNotFoundError: No module named 'nowhere'\n") == 1
+    assert stop == "error: 3 failed: nowhere, nowhere --backbone vit, nowhere --backbone swin"
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # one after the other: the second is the first
+    monkeypatch.setattr(bench, "torchrun", functools.cache(bench.torchrun))
+    out, stop = call(["controls.pixels"], "accuracies")
+    assert stop is None and re.search(r"\n\| controls.pixels \| (\d\d\.\d\d) \| \1 \| \+0.00 \|  \|\n$", out)
+    assert bench.rate("vit", "cpu") > 0
+
+
+def test_bench_lists_the_lines_that_wait_in_every_step(monkeypatch):
+    """On the CPU, with what CUDA would say put in: the same warning in every step, in one session, and another one."""
+
+    def run_here(script, *flags, device):
+        for count in (6, 10):
+            for step in range(len(common.batches(count, 2, 1, "cpu"))):
+                for line, word in ((7, "synchronizing"), (20 + step % 3, "synchronizing"), (8, "different")):
+                    text = f"called a {word} CUDA operation"
+                    warnings.warn_explicit(text, UserWarning, f"{common.HERE}/der.py", line)
+        return {"seconds": [1.0, 2.5]}
+
+    monkeypatch.setattr(bench, "run_here", run_here)
+    for name, value in {"reset_peak_memory_stats": None, "max_memory_allocated": 3 * 2**20}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    assert bench.watched("der", "cuda") == ("3.5", "3", "der.py:7 (8 times)")
+    assert modes == ["warn", "default"]
+
+
+def test_bench_gpu_needs_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for words, error in (
+        ("--gpu", "--gpu: torch sees no CUDA device here$"), ("--gpu --parts loop", "--parts loop: of scores, "),
+        ("--device cpu", "--device and --compile go with --gpu"),
+    ):  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["bench", *words.split()])
+        with pytest.raises(SystemExit, match=f"^error: {error}"):
+            bench.main()
+
+
 # ---- pretrain, the shipped weight files and docs/ -------------------------------------------------------------------
 @pytest.fixture
 def run(monkeypatch, capsys):
@@ -951,11 +1015,32 @@ def run(monkeypatch, capsys):
     return call
 
 
-def test_pretrain_makes_a_file_that_loads(run, tmp_path):
-    made = ["--images", 200, "--epochs", 1, "--out", tmp_path / "small.pt"]
-    assert "held-out loss" in run("tiny.pretrain", "--backbone", "resnet", *made)
-    flags = "--backbone resnet --sessions casme2 --folds 0 --epochs-first 1 --projected 100".split()
-    assert "(small.pt, " in run("ranpac", *flags, "--weights", tmp_path / "small.pt", "--out", tmp_path / "results")
+def test_pretrain_makes_files_that_every_method_takes(run, tmp_path):
+    flags = "--sessions casme2 --folds 0 --epochs-first 0 --projected 100 --out".split() + [tmp_path / "results"]
+    for backbone, preset, sizes in (("resnet", "tiny", [48]), ("resnet10t", "paper", [40]),
+                                    ("test_vit", "paper", [32, 96])):  # fmt: skip
+        for size in sizes:  # a ViT's weights fit one size alone
+            file = tmp_path / f"{backbone}-{size}.pt"
+            words = ["--backbone", backbone, "--images", 150, "--batch", 50, "--size", size, "--out", file]
+            losses = re.findall(r"held-out loss (\S+)", run("tiny.pretrain", *words))
+            made = torch.load(file, weights_only=True)["made"]
+            assert len(losses) == 3 and made["size"] == size and f"{made['held_out_loss']:.4f}" == losses[-1]
+            screen = run("ranpac", "--backbone", backbone, "--preset", preset, "--weights", file, *flags)
+            assert f"({file.name}, {size} px, " in screen, screen
+
+
+def test_pretrain_targets_are_the_clean_flow_in_cells():
+    images, targets = pretrain.Batches(2, 3, 48, 5)[1]  # the second batch, of three images
+    clean, seen = pretrain.random_flows(np.random.RandomState([5, 1]), 3, 48)
+    for i in range(3):
+        largest = max(np.hypot(*seen[i, y, x]) for y in range(48) for x in range(48))
+        cells = [
+            clean[i, 8 * r : 8 * r + 8, 8 * c : 8 * c + 8, k].mean() for k in (0, 1) for r in range(6) for c in range(6)
+        ]
+        np.testing.assert_allclose(targets[i], 7 * np.array(cells) / largest, atol=1e-5)
+        assert (images[i].numpy() == data.flow_to_image(seen[i : i + 1])[0]).all()
+    big = pretrain.Batches(1, 1, 100, 0)[0]
+    assert [tuple(part.shape) for part in big] == [(1, 3, 100, 100), (1, 72)]
 
 
 def test_pretrain_replaces_no_shipped_file_for_an_empty_path(run, monkeypatch, tmp_path):
