@@ -104,9 +104,8 @@ def parse(description, settings):
 
 # ---- backbones -------------------------------------------------------------------------------------------------------
 def create(args, size=None):
-    """timm's network for args.backbone and args.preset, with random weights; and its words on images (S, mean, std).
+    """The network of args.backbone and args.preset, with random weights, on the CPU: what make_backbone describes.
 
-    Its features (B, d) are the class token after the last norm (ViT) or pooled (Swin, ResNet): num_classes=0.
     size  the images' side in pixels, where it is not the model's own
     """
     import timm  # here, since it takes seconds: --help and mistakes come at once
@@ -115,25 +114,31 @@ def create(args, size=None):
     if args.preset == "tiny":
         if args.backbone not in TINY:
             sys.exit(f"error: --backbone {args.backbone}: --preset tiny has {', '.join(TINY)}; take --preset paper")
-        (name, smaller), size = TINY[args.backbone], TINY_SIZE
+        name, smaller = TINY[args.backbone]
     torch.manual_seed(args.seed)  # for --weights none
     try:
-        if size and timm.get_pretrained_cfg(name).fixed_input_size:  # others take images of any size
-            smaller = {"img_size": size, **smaller}
         network = timm.create_model(name, num_classes=0, **smaller)
+        config = timm.data.resolve_model_data_config(network)
+        if args.preset == "tiny":
+            size, config = TINY_SIZE, config | {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+        elif size not in (None, config["input_size"][-1]) and network.pretrained_cfg.get("fixed_input_size"):
+            network = timm.create_model(name, num_classes=0, img_size=size)
+        network.image_size, network.mean, network.std = size or config["input_size"][-1], config["mean"], config["std"]
+        features = extract(network.eval(), torch.zeros(2, 3, network.image_size, network.image_size))
     except Exception:  # timm raises a different type for every way in which a name can be wrong
         fit = f" that takes {size} pixels" if size else ""
         sys.exit(f"error: --backbone {args.backbone}: must be vit, swin, resnet or a timm model id{fit}")
-    config = timm.data.resolve_model_data_config(network)
-    if args.preset == "tiny":
-        config |= {"mean": (0.5,) * 3, "std": (0.5,) * 3}
-    return network, (size or config["input_size"][-1], config["mean"], config["std"])
+    if features.ndim != 2:
+        sys.exit(f"error: --backbone {args.backbone}: gives {tuple(features.shape)}, not one feature vector per image")
+    network.num_features = features.shape[1]  # measured: timm's own width means different things in its families
+    return network
 
 
 def make_backbone(args, parts=None):
     """The pretrained backbone, in eval mode, on the device: images (B, 3, S, S) -> features (B, d).
 
-    It carries what its images must be (.image_size S; .mean, .std, 3 floats each) and .num_features d. parts(network,
+    It carries what its images must be (.image_size S; .mean, .std, 3 floats each) and .num_features d. timm with
+    num_classes=0 gives the class token after the last norm (ViT) or the pooled features (Swin, ResNet). parts(network,
     x), if given, puts the network together from its parts, as the prompt methods do; where that is not what network(x)
     gives, the network is refused. Ends with one line on this, on an unknown backbone, and on weights that cannot be
     downloaded or read, or do not match.
@@ -147,15 +152,15 @@ def make_backbone(args, parts=None):
         if not os.path.isfile(weights):
             sys.exit(f"error: {weights!r}: no such weight file; --weights none starts from random weights")
         with contextlib.suppress(Exception):  # only files of tiny.pretrain say so; what is no weight file is seen below
-            size = torch.load(weights, weights_only=True, mmap=True)["made"]["size"]
-    network, (image_size, mean, std) = create(args, size)
-    images = torch.zeros(2, 3, image_size, image_size)
+            size = torch.load(weights, weights_only=True, map_location="cpu")["made"]["size"]
+    network = create(args, size)
+    images = torch.zeros(2, 3, network.image_size, network.image_size)
     if parts and not _same(network, parts, images):  # tried before anything is downloaded
         sys.exit(f"error: --backbone {args.backbone}: {args.method} needs a plain ViT with a class token, such as vit")
     try:
         if weights is None:
             logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries would bury the one line below
-            network = timm.create_model(name, num_classes=0, pretrained=True)
+            network.load_state_dict(timm.create_model(name, num_classes=0, pretrained=True).state_dict())
         elif weights != "none":  # a classifier in the file is left out, whatever timm calls it; all else must match
             names = network.pretrained_cfg["classifier"]
             classifier = tuple(f"{word}." for word in ([names] if isinstance(names, str) else names))
@@ -165,11 +170,6 @@ def make_backbone(args, parts=None):
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         advice = "" if weights else "; pass a file with --weights PATH, or take --weights none or --preset tiny"
         sys.exit(f"error: {weights or name}: cannot be loaded into this backbone ({reason}){advice}")
-    features = extract(network.eval(), images)  # measured: timm's own width means different things in its families
-    if features.ndim != 2:
-        sys.exit(f"error: --backbone {args.backbone}: gives {tuple(features.shape)}, not one feature vector per image")
-    network.num_features = features.shape[1]
-    network.image_size, network.mean, network.std = image_size, mean, std
     digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in network.state_dict().values())).hexdigest()
     pixels = f"{size} px, " if size else ""
     args.loaded = f"{os.path.basename(weights or name)}, {pixels}sha256 {digest[:12]}"

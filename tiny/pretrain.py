@@ -4,7 +4,7 @@ The tiny preset starts from tiny/vit.pt, swin.pt or resnet.pt, as the paper pres
 They are trained on flow images of random bumps, without faces, action units or emotions, to predict the clean flow on a
 grid of 6 x 6 cells; the last layer is then thrown away. Any other timm model can be trained so, too:
 
-    python -m tiny.pretrain --backbone vit       10 to 25 minutes on two cores; makes tiny/vit.pt anew
+    python -m tiny.pretrain --backbone vit       a quarter to half an hour on two cores; makes tiny/vit.pt anew
     python -m tiny.pretrain --backbone vit_base_patch16_224 --size 96
     python ranpac.py --data processed --backbone vit_base_patch16_224 --weights vit_base_patch16_224-96.pt
 
@@ -15,6 +15,7 @@ Shapes: B batch, N images, S image side in pixels, K bumps of motion.
 """
 
 import io
+import math
 import os
 import sys
 
@@ -80,26 +81,31 @@ def main():
     for flag, least in (("size", 6), ("batch", 2), ("images", args.batch), ("seed", 0)):
         if not least <= (least if getattr(args, flag) is None else getattr(args, flag)) < 2**31:
             sys.exit(f"error: --{flag} {getattr(args, flag)}: must be at least {least} and less than 2**31")
+    if not 0 < args.lr < math.inf:
+        sys.exit(f"error: --lr {args.lr}: must be finite and more than 0")
     if args.out is not None and (not os.path.basename(args.out) or os.path.isdir(args.out)):
         sys.exit(f"error: --out {args.out!r}: must name a file")
     args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backbone, (size, mean, std) = common.create(args, args.size)
+    backbone = common.create(args, args.size)
+    size = backbone.image_size
     tiny = os.path.join(common.HERE, "tiny", f"{args.backbone}.pt")
     out = args.out or (tiny if args.preset == "tiny" else f"{args.backbone.replace('/', '-')}-{size}.pt")
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     protocols.write(f"{out}.try", b"")  # a folder that cannot be written to is better known before the training
     os.remove(f"{out}.try")
 
-    mean, std = (torch.tensor(values, device=args.device).view(3, 1, 1) for values in (mean, std))
+    mean, std = (torch.tensor(values, device=args.device).view(3, 1, 1) for values in (backbone.mean, backbone.std))
     normalise = lambda images: (images.to(args.device).float() / 255 - mean) / std  # noqa: E731
     held_out = Batches(1 + 500 // args.batch, args.batch, size, args.seed + 2**31)  # of another seed
     tests, targets = (torch.cat(parts) for parts in zip(*(held_out[i] for i in range(len(held_out)))))
     made = Batches(args.images // args.batch, args.batch, size, args.seed)
-    width = backbone.eval()(torch.zeros(1, 3, size, size)).shape[1]
-    network = nn.Sequential(backbone, nn.Linear(width, 72)).to(args.device)
+    network = nn.Sequential(backbone, nn.Linear(backbone.num_features, 72)).to(args.device)
     optimizer = torch.optim.AdamW(network.parameters(), args.lr, weight_decay=0.05, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=len(made), pct_start=0.05)
-    loader = torch.utils.data.DataLoader(made, batch_size=None, num_workers=os.cpu_count())  # they make the images
+    # The learning rate rises for a twentieth of the steps, then falls as a cosine.
+    rate = lambda step: min(20 * (step + 1) / len(made), (1 + math.cos(math.pi * step / len(made))) / 2)  # noqa: E731
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    workers = min(8, os.cpu_count() or 1)  # they make the images
+    loader = torch.utils.data.DataLoader(made, batch_size=None, num_workers=workers)
     for step, (images, clean) in enumerate(bar := data.progress(loader, "training"), 1):
         network.train()
         with common.autocast(args):
@@ -114,10 +120,13 @@ def main():
             predicted = common.extract(lambda images: network(normalise(images)), tests, size=args.batch).cpu()
             test, none = (F.smooth_l1_loss(p, targets).item() for p in (predicted, torch.zeros_like(predicted)))
             bar.write(f"{step * args.batch} images  held-out loss {test:.4f} (predicting no motion: {none:.4f})")
+            sys.stdout.flush()
     typed = {name: getattr(args, name) for name in ("backbone", "images", "batch", "seed", "lr")} | {"size": size}
     command = " ".join(["python -m tiny.pretrain", *(f"--{name} {value}" for name, value in typed.items())])
     made = {"command": command, "size": size, "held_out_loss": test, "no_motion_loss": none}
     state = {key: v.half() if v.is_floating_point() else v for key, v in backbone.state_dict().items()}
+    if not all(value.isfinite().all() for value in state.values()):
+        sys.exit("error: the weights are not finite; try a smaller --lr")
     file = io.BytesIO()
     torch.save({"state_dict": state, "made": made | {"torch": str(torch.__version__)}}, file)
     protocols.write(out, file.getvalue())

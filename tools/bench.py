@@ -310,13 +310,22 @@ def accuracies(device):
     table(f"Last accuracy in %, tiny preset, mean of {folds} folds", "script", "cpu", device, "difference", "")
     with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
         jobs = {script: [pool.submit(torchrun, script, name, folds) for name in ("cpu", device)] for script in SCRIPTS}
-        if device == "cuda":  # meanwhile, for `sessions`
-            made(224), made(256)
         for script in SCRIPTS:
             with guarded(script):
                 cpu, tried = (job.result() for job in jobs[script])
                 mark = "above 2" if abs(tried - cpu) > 2 else ""
                 row(script, f"{cpu:.2f}", f"{tried:.2f}", f"{tried - cpu:+.2f}", mark)
+
+
+class Watched(list):
+    """Batches of a training loop; while it runs, every wait for CUDA is a warning, at the innermost line of Python."""
+
+    def __iter__(self):
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield from super().__iter__()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def watched(script, device, *flags):
@@ -326,17 +335,14 @@ def watched(script, device, *flags):
     def batches(*inputs):
         drawn = draw(*inputs)
         steps.append(len(drawn))
-        return drawn
+        return Watched(drawn) if cuda else drawn
 
     gc.collect()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     with (mock.patch.object(common, "batches", batches), mock.patch.object(data, "synthetic", copies),
-          warnings.catch_warnings(record=True) as met, contextlib.ExitStack() as stack):  # fmt: skip
+          warnings.catch_warnings(record=True) as met):  # fmt: skip
         warnings.simplefilter("always")
-        if cuda:
-            stack.callback(torch.cuda.set_sync_debug_mode, "default")
-            torch.cuda.set_sync_debug_mode("warn")  # each wait is a warning, at the innermost line of Python
         spent = sum(run_here(script, *flags, device=device)["seconds"])
     if not cuda:
         return f"{spent:.1f}", "-", "-"
@@ -369,12 +375,17 @@ def join(barrier):
 def rate(name, device, compiled=False, beside=False):
     """Images per second in training at batch 16, measured for 5 s (on the CPU 1 s), together with those beside."""
     preset, least = ("paper", 5) if device == "cuda" else ("tiny", 1)
-    _, _, train = bare(name, 64, batch=16, device=device, preset=preset, compiled=compiled)
-    for _ in range(3):
-        train()
-    clock()
+    try:
+        _, _, train = bare(name, 64, batch=16, device=device, preset=preset, compiled=compiled)
+        for _ in range(3):
+            train()
+        clock()
+    except Exception:
+        if beside:
+            together.abort()  # or the others would wait
+        raise
     if beside:
-        together.wait(300)
+        together.wait(60)
     begin, count = clock(), 0
     while time.perf_counter() < begin + least:
         train()

@@ -110,6 +110,7 @@ def run_alike(name, seed):
     module = importlib.import_module(script)
     flags = ["--preset", "tiny", "--protocol", "slcv", "--device", "cpu", "--sessions", *ALIKE, *flags]
     with (tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()),
+          contextlib.redirect_stderr(io.StringIO()),
           mock.patch.object(sys, "argv", [module.__file__, *flags, "--out", out]),
           mock.patch.object(data, "synthetic", lambda *words, **others: sessions),
           mock.patch.object(protocols.Run, "summary", lambda run: runs.append(run))):  # fmt: skip
@@ -127,32 +128,39 @@ def alike(seeds):
     print("".join(f"{word:26s}" if not word else f"{word:>24s}" for word in ["", *columns]))
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         jobs = {name: [pool.submit(run_alike, name, seed) for seed in seeds] for name in REAL}
-        for name, own in jobs.items():
-            made = np.mean([job.result() for job in own], 0)
-            cells = [f"{'-' if r is None else r} / {m:.1f} ({m - (r or m):+.1f})" for r, m in zip(REAL[name], made)]
-            print(f"{name:26s}" + "".join(f"{cell.replace(' (+0.0)', ''):>24s}" for cell in cells), flush=True)
+        try:
+            for name, own in jobs.items():
+                made = np.mean([job.result() for job in own], 0)
+                cells = [
+                    f"- / {m:.1f}" if r is None else f"{r} / {m:.1f} ({m - r:+.1f})" for r, m in zip(REAL[name], made)
+                ]
+                print(f"{name:26s}" + "".join(f"{cell:>24s}" for cell in cells), flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)  # after Ctrl-C the rest is not begun
 
 
 def main():
     p = common.parser(__doc__)
     p.add_argument("--data", metavar="PATH", help="processed folder (default: the synthetic stream)")
     p.add_argument("--preset", choices=("paper", "tiny"), help="settings (default: paper with --data, tiny without)")
-    p.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="each row with each (default: 0)")
-    p.add_argument("--alike", nargs="*", type=int, metavar="N", help="with these seeds of the stream (default: 0 1 2)")
+    p.add_argument("--seeds", nargs="+", type=int, metavar="N", help="each row with each (default: 0)")
+    p.add_argument("--alike", action="store_true", help="only that table; --seeds are the stream's (default: 0 1 2)")
     p.add_argument("--controls", action="store_true", help="also the controls, and RanPAC on the network untouched")
     p.add_argument("--out", default=os.path.join("results", "table"), metavar="DIR", help="(default: results/table)")
     p.add_argument("--jobs", type=int, metavar="N", help="at a time (default: one per CUDA device, else one per core)")
     p.add_argument("--dry-run", action="store_true", help="print the commands and run nothing")
     args = p.parse_args()
-    if args.alike is not None:
-        alike(args.alike or [0, 1, 2])
+    if not all(0 <= seed < 2**32 for seed in args.seeds or ()):
+        sys.exit(f"error: --seeds {' '.join(map(str, args.seeds))}: each must be at least 0 and less than 2**32")
+    if args.alike:
+        alike(args.seeds or [0, 1, 2])
         return
     jobs = len(devices()) or os.cpu_count() if args.jobs is None else args.jobs
     if not args.out or args.data == "" or jobs < 1:
         sys.exit("error: --data and --out take a folder's name, --jobs a number of at least 1")
     given = [(f"--{name}", vars(args)[name]) for name in ("data", "preset", "out")]
     shared = [word for flag, value in given if value for word in (flag, value)]
-    rows = commands(dict.fromkeys(args.seeds), args.controls, shared)
+    rows = commands(dict.fromkeys(args.seeds or [0]), args.controls, shared)
     if args.dry_run:
         print("\n".join(shlex.join(["python", *words]) for words in rows))
         return

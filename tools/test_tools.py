@@ -971,21 +971,27 @@ def test_bench_gpu_tried_on_the_cpu(monkeypatch, capsys):
 def test_bench_lists_the_lines_that_wait_in_every_step(monkeypatch):
     """On the CPU, with what CUDA would say put in: the same warning in every step, in one session, and another one."""
 
+    def warned(line, word):
+        if modes[-1] == "warn":
+            text = f"called a {word} CUDA operation"
+            warnings.warn_explicit(text, UserWarning, f"{common.HERE}/der.py", line)
+
     def run_here(script, *flags, device):
         for count in (6, 10):
-            for step in range(len(common.batches(count, 2, 1, "cpu"))):
+            for _ in range(100):  # outside of the loop waits do not count
+                warned(9, "synchronizing")
+            for step, _ in enumerate(common.batches(count, 2, 1, "cpu")):
                 for line, word in ((7, "synchronizing"), (20 + step % 3, "synchronizing"), (8, "different")):
-                    text = f"called a {word} CUDA operation"
-                    warnings.warn_explicit(text, UserWarning, f"{common.HERE}/der.py", line)
+                    warned(line, word)
         return {"seconds": [1.0, 2.5]}
 
     monkeypatch.setattr(bench, "run_here", run_here)
     for name, value in {"reset_peak_memory_stats": None, "max_memory_allocated": 3 * 2**20}.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    modes = []
+    modes = ["default"]
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     assert bench.watched("der", "cuda") == ("3.5", "3", "der.py:7 (8 times)")
-    assert modes == ["warn", "default"]
+    assert modes == ["default", "warn", "default", "warn", "default"]
 
 
 def test_bench_gpu_needs_cuda(monkeypatch):
@@ -1027,6 +1033,18 @@ def test_pretrain_makes_files_that_every_method_takes(run, tmp_path):
             assert len(losses) == 3 and made["size"] == size and f"{made['held_out_loss']:.4f}" == losses[-1]
             screen = run("ranpac", "--backbone", backbone, "--preset", preset, "--weights", file, *flags)
             assert f"({file.name}, {size} px, " in screen, screen
+
+
+def test_pretrain_mistakes_are_one_line_and_write_nothing(run, tmp_path, monkeypatch):
+    out = tmp_path / "made.pt"
+    for words, error in (
+        ("--backbone test_vit --size 6", "that takes 6 pixels"), ("--backbone odd", "--backbone odd"),
+        ("--backbone vit --size 96", "--size 96"), ("--lr inf", "--lr inf"), ("--lr nan", "--lr nan"),
+        ("--lr -1", "--lr -1"), ("--images 10", "--images 10"), ("--batch 1", "--batch 1"), ("--seed -1", "--seed -1"),
+        ("--backbone resnet --images 40 --batch 2 --lr 1e20", "not finite"),
+    ):  # fmt: skip
+        line = run("tiny.pretrain", *words.split(), "--out", out)
+        assert line.startswith("error: ") and error in line and "\n" not in line and not out.exists(), (words, line)
 
 
 def test_pretrain_targets_are_the_clean_flow_in_cells():
