@@ -12,7 +12,6 @@ import collections
 import contextlib
 import copy
 import doctest
-import fcntl
 import functools
 import glob
 import hashlib
@@ -29,7 +28,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import termios
 
 import numpy as np
 import pytest
@@ -974,7 +972,6 @@ def test_many_processes_make_the_files_of_one(monkeypatch):
     assert tried == [device for own in ("cuda", "cuda:0", "cuda:1") for device in (own, own, "cuda:7")]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_the_tiny_preset_takes_one_thread_of_a_cpu(monkeypatch):
     for variable, preset, expected in (("", "tiny", [1]), ("OMP_NUM_THREADS", "tiny", []), ("", "paper", [])):
         asked = []
@@ -985,6 +982,7 @@ def test_the_tiny_preset_takes_one_thread_of_a_cpu(monkeypatch):
         assert asked == expected, (variable, preset)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_killed_anywhere_a_run_goes_on_to_the_undisturbed_numbers():
     """SIGKILL in training, in evaluation and at each step of writing a file."""
     # Folds kept. Per fold 7 + 4 steps, 2 tests, 1 file; before them one pass measures the network, run.json is written.
@@ -1033,6 +1031,7 @@ def test_a_run_goes_on_after_diverging_a_full_disk_and_an_interrupt():
 def test_an_interrupt_and_a_closed_pipe_in_a_terminal():
     # A job in the background would ignore Ctrl-C.
     listens = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")  # not on Windows
     screen, terminal = os.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 40, 100, 0, 0))  # lines and columns
     words = [os.path.join(HERE, "finetune.py"), *TWO, "--epochs-first", "300"]
@@ -1156,6 +1155,18 @@ def test_readme_is_true():
         screen = works(script, *flags, *short, *(["--preset", "tiny"] if short and "--data" in flags else []))
         if script == "ranpac" and "--data" not in flags:
             assert screen.splitlines()[1] in text
+    # The method in the diff: its lines of finetune.py are there, in this order, and what comes out runs.
+    lines, out = text_of("finetune.py").splitlines(), []
+    for mark, line in re.findall("^([ +-])(.*)$", re.search("```diff\n(.*?)```", text, re.S).group(1), re.M):
+        if mark != "+":
+            at = lines.index(line)
+            out, lines = [*out, *lines[: at + (mark == " ")]], lines[at + 1 :]
+        else:
+            out.append(line)
+    with open("lwf.py", "w") as file:
+        file.write("\n".join([*out, *lines]) + "\n")
+    flags = ["--sessions", "casme2", "samm", "--folds", "0", "--epochs-first", "1", "--epochs-next", "1"]
+    assert len(lines_of(process("lwf.py", *flags).communicate()[0])[0]) == 2
     methods = re.findall(r"^\| \[`(\w+)\.py`\]\(\1\.py\) \| .* \| .* \| .* \|$", text, re.M)
     assert methods == METHODS
 
