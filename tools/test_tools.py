@@ -1023,16 +1023,15 @@ def run(monkeypatch, capsys):
 
 def test_pretrain_makes_files_that_every_method_takes(run, tmp_path):
     flags = "--sessions casme2 --folds 0 --epochs-first 0 --projected 100 --out".split() + [tmp_path / "results"]
-    for backbone, preset, sizes in (("resnet", "tiny", [48]), ("resnet10t", "paper", [40]),
-                                    ("test_vit", "paper", [32, 96])):  # fmt: skip
-        for size in sizes:  # a ViT's weights fit one size alone
-            file = tmp_path / f"{backbone}-{size}.pt"
-            words = ["--backbone", backbone, "--images", 150, "--batch", 50, "--size", size, "--out", file]
-            losses = re.findall(r"held-out loss (\S+)", run("tiny.pretrain", *words))
-            made = torch.load(file, weights_only=True)["made"]
-            assert len(losses) == 3 and made["size"] == size and f"{made['held_out_loss']:.4f}" == losses[-1]
-            screen = run("ranpac", "--backbone", backbone, "--preset", preset, "--weights", file, *flags)
-            assert f"({file.name}, {size} px, " in screen, screen
+    for backbone, preset, size in (("resnet", "tiny", 48), ("resnet10t", "paper", 40),
+                                   ("vit_tiny_patch16_224", "paper", 32)):  # fmt: skip
+        file = tmp_path / f"{backbone}.pt"
+        words = ["--backbone", backbone, "--images", 150, "--batch", 50, "--size", size, "--out", file]
+        losses = re.findall(r"held-out loss (\S+)", run("tiny.pretrain", *words))
+        made = torch.load(file, weights_only=True)["made"]
+        assert len(losses) == 3 and made["size"] == size and f"{made['held_out_loss']:.4f}" == losses[-1]
+        screen = run("ranpac", "--backbone", backbone, "--preset", preset, "--weights", file, *flags)
+        assert f"({file.name}, {size} px, " in screen, screen
 
 
 def test_pretrain_mistakes_are_one_line_and_write_nothing(run, tmp_path, monkeypatch):
@@ -1083,6 +1082,25 @@ def test_random_flows_are_those_that_the_shipped_files_were_trained_on():
     values = [clean.sum(), seen.sum(), *clean[2, 20, 30], *seen[2, 20, 30]]
     np.testing.assert_allclose(values, [719.874, 1416.560, 0.00951, -0.01987, 0.15224, 0.03938], rtol=1e-3)
     assert random.randint(2**31) == 1291920150  # as many draws
+
+
+def test_alike_is_what_a_folder_without_others_gives(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(tables, "REAL", {"controls.pixels": (86.2, 67.5, None, 53)})
+    line = run("tools.tables", "--alike", "--seeds", 3).splitlines()[-1]
+    found = re.fullmatch(
+        r"controls.pixels +86.2 / (\S+) \((\S+)\) +67.5 / (\S+) \(.*\) +- / (\S+) +53 / (\S+) \(.*\)", line
+    )
+    sessions = data.synthetic(48, 3, ["casme2", "samm"])
+    view.export(sessions, tmp_path / "alike")
+    for folder in (tmp_path / "alike").glob("*_others"):
+        shutil.rmtree(folder)
+    flags = ["--preset", "tiny", "--protocol", "slcv", "--sessions", "casme2", "samm", "--out", tmp_path / "results"]
+    screen = run("controls.pixels", "--data", tmp_path / "alike", *flags)
+    means = re.search(r"sum, mean over folds +(\S+) +(\S+)", screen).groups()
+    tests = re.search(r"after samm +(\S+) +(\S+)", screen).groups()
+    expected = [*means, *tests]
+    assert np.allclose(np.float64([found[1], *found.groups()[2:]]), np.float64(expected), atol=0.06)
+    assert abs(float(found[2]) - (float(means[0]) - 86.2)) < 0.11
 
 
 def test_commands_in_docs_have_flags_that_exist(run):
