@@ -988,22 +988,28 @@ def test_killed_anywhere_a_run_goes_on_to_the_undisturbed_numbers():
     # Folds kept. Per fold 7 + 4 steps, 2 tests, 1 file; before them one pass measures the network, run.json is written.
     moments = {("training", 0): 0, ("training", 8): 0, ("training", 9): 0, ("evaluation", 1): 0, ("evaluation", 2): 0,
                ("evaluation", 4): 1, ("half", 0): 0, ("half", 1): 0, ("written", 2): 1, ("renamed", 1): 1}  # fmt: skip
-    killing = process("-c", f"import test_all; test_all.kill_at({[*moments]})")  # autograd wants a process of its own
     works(*SHORT, "--out", "whole")
-    out, errors = killing.communicate()
-    assert out == "9\n" * len(moments), (out, errors)
-    for (moment, count), kept in moments.items():
-        out = f"{moment}{count}"
-        before = stamps(out)
-        assert len(before) == kept and works(*SHORT, "--out", out).count("  kept\n") == 2 * kept, out
-        assert before.items() <= stamps(out).items() and numbers("whole") == numbers(out), out
+    jobs = [(moment, count, kept) for (moment, count), kept in moments.items()]
+    words = [f"import test_all; test_all.kill_and_go_on({jobs[half::2]})" for half in (0, 1)]
+    for job in [process("-c", word) for word in words]:  # autograd wants a process of its own before a fork
+        out, errors = job.communicate()
+        assert out == "9 0\n" * (len(jobs) // 2), (out, errors)
 
 
-def kill_at(moments):
-    for moment, count in moments:
-        if not (child := os.fork()):
-            start(*SHORT, "--out", f"{moment}{count}", patches=faults(moment, count))
-        print(os.waitpid(child, 0)[1], flush=True)
+def kill_and_go_on(jobs):
+    for moment, count, kept in jobs:
+        out, ends = f"{moment}{count}", []
+        for patches in (faults(moment, count), []):
+            if not (child := os.fork()):
+                before = stamps(out)
+                if not patches:
+                    assert len(before) == kept and works(*SHORT, "--out", out).count("  kept\n") == 2 * kept, out
+                    assert before.items() <= stamps(out).items() and numbers("whole") == numbers(out), out
+                    os._exit(0)
+                start(*SHORT, "--out", out, patches=patches)
+                os._exit(1)  # it should have been killed
+            ends.append(os.waitpid(child, 0)[1])
+        print(*ends, flush=True)
 
 
 def test_a_run_goes_on_after_diverging_a_full_disk_and_an_interrupt():
