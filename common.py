@@ -106,6 +106,7 @@ def parse(description, settings):
 def create(args, size=None):
     """The network of args.backbone and args.preset, with random weights, on the CPU: what make_backbone describes.
 
+    timm with num_classes=0 gives the class token after the last norm (ViT) or the pooled features (Swin, ResNet).
     size  the images' side in pixels, where it is not the model's own
     """
     import timm  # here, since it takes seconds: --help and mistakes come at once
@@ -137,8 +138,7 @@ def create(args, size=None):
 def make_backbone(args, parts=None):
     """The pretrained backbone, in eval mode, on the device: images (B, 3, S, S) -> features (B, d).
 
-    It carries what its images must be (.image_size S; .mean, .std, 3 floats each) and .num_features d. timm with
-    num_classes=0 gives the class token after the last norm (ViT) or the pooled features (Swin, ResNet). parts(network,
+    It carries what its images must be (.image_size S; .mean, .std, 3 floats each) and .num_features d. parts(network,
     x), if given, puts the network together from its parts, as the prompt methods do; where that is not what network(x)
     gives, the network is refused. Ends with one line on this, on an unknown backbone, and on weights that cannot be
     downloaded or read, or do not match.
@@ -154,8 +154,7 @@ def make_backbone(args, parts=None):
         with contextlib.suppress(Exception):  # only files of tiny.pretrain say so; what is no weight file is seen below
             size = torch.load(weights, weights_only=True, map_location="cpu")["made"]["size"]
     network = create(args, size)
-    images = torch.zeros(2, 3, network.image_size, network.image_size)
-    if parts and not _same(network, parts, images):  # tried before anything is downloaded
+    if parts and not _same(network, parts):  # tried before anything is downloaded
         sys.exit(f"error: --backbone {args.backbone}: {args.method} needs a plain ViT with a class token, such as vit")
     try:
         if weights is None:
@@ -177,9 +176,9 @@ def make_backbone(args, parts=None):
 
 
 @torch.no_grad()
-def _same(network, parts, images):
+def _same(network, parts):
     """Whether parts(network, x) is network(x), tried with random weights: timm's own first ones hide differences."""
-    network, x = copy.deepcopy(network).eval(), torch.randn_like(images)
+    network, x = copy.deepcopy(network), torch.randn(2, 3, network.image_size, network.image_size)
     for parameter in network.parameters():
         parameter.normal_(0, 0.1)
     try:
