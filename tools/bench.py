@@ -13,12 +13,10 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import glob
 import importlib
 import importlib.metadata
-import io
-import json
 import os
-import pathlib
 import re
 import socket
 import subprocess
@@ -29,7 +27,6 @@ import traceback
 import warnings
 from unittest import mock
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -37,6 +34,8 @@ import common
 import data
 import protocols
 import ranpac
+from tools import report
+from tools.tables import run_here
 
 FROZEN = {  # the networks whose features a method keeps for its steps and tests; v: the variables of its main()
     "der": lambda v, testing: v["extractors"][:-1],
@@ -66,17 +65,6 @@ def seconds(work, *inputs, tries=1):
         work(*inputs)
         times.append(clock() - begin)
     return min(times)
-
-
-def run_here(script, *flags, device="cpu"):
-    """Run a script's main() in this process, from the start and without its lines; the arrays of its first fold."""
-    module = importlib.import_module(script)
-    with tempfile.TemporaryDirectory() as out:
-        words = [module.__file__, "--device", device, "--out", out, *flags]
-        with contextlib.redirect_stdout(io.StringIO()), mock.patch.object(sys, "argv", words):
-            module.main()
-        with np.load(next(pathlib.Path(out).glob("*/*/fold*.npz"))) as saved:
-            return dict(saved)
 
 
 def copies(size, sessions):
@@ -162,12 +150,10 @@ def training(count=512):
 
 
 def loop(epochs=10, turns=2):
-    print(
-        "\nA session of finetune.py, its tests and lines included / bare forward, backward and step on as many images"
-    )
+    print("\nA session of finetune.py, with its tests and lines / bare forward, backward and step on as many images")
     flags = ["--sessions", "casme2", "--folds", "0", "--epochs-first", str(epochs)]
     _, _, train = bare("vit", 196, epochs)  # the training images of CASME II in fold 0
-    whole, floor = zip(*[(run_here("finetune", *flags)["seconds"][0], seconds(train)) for _ in range(turns)])
+    whole, floor = zip(*[(run_here("finetune", *flags)[0]["seconds"][0], seconds(train)) for _ in range(turns)])
     print(f"{min(whole) / min(floor):.2f}")
 
 
@@ -277,7 +263,7 @@ def scores(device):
     for script in SCRIPTS:
         with guarded(script):
             flags = ["--preset", "tiny", "--sessions", "casme2", "samm", "--folds", "0", *briefly(script, batch=4096)]
-            tried, cpu = (run_here(script, *flags, device=name) for name in (device, "cpu"))
+            tried, cpu = (run_here(script, *flags, device=name)[0] for name in (device, "cpu"))
             errors = [100 * abs(tried[k] - cpu[k]).max() / abs(cpu[k]).max() for k in ("scores_0", "scores_1")]
             row(script, *(f"{error:.3g} %" for error in errors), "above 5 %" if max(errors) > 5 else "")
 
@@ -295,13 +281,10 @@ def torchrun(script, device, folds):
         done = subprocess.run(words, cwd=common.HERE, env=environment, capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr)
-        info, saved = next(pathlib.Path(out).glob("*/*/run.json")), {}
-        for path in info.parent.glob("fold*.npz"):
-            with np.load(path) as file:
-                saved[path.stem] = dict(file)
+        info, saved = report.read_run(*glob.glob(os.path.join(out, "*", "*")))
         if len(saved) != folds:
             sys.exit(f"error: {len(saved)} of {folds} folds")
-        return protocols.curve(saved, json.loads(info.read_text())["merges"][0])[:, -1].mean()
+        return protocols.curve(saved, info["merges"][0])[:, -1].mean()
 
 
 def accuracies(device):
@@ -343,7 +326,7 @@ def watched(script, device, *flags):
     with (mock.patch.object(common, "batches", batches), mock.patch.object(data, "synthetic", copies),
           warnings.catch_warnings(record=True) as met):  # fmt: skip
         warnings.simplefilter("always")
-        spent = sum(run_here(script, *flags, device=device)["seconds"])
+        spent = sum(run_here(script, *flags, device=device)[0]["seconds"])
     if not cuda:
         return f"{spent:.1f}", "-", "-"
     where = [f"{w.filename}:{w.lineno}" for w in met if "called a synchronizing" in str(w.message)]

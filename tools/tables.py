@@ -13,6 +13,7 @@ gain little from a second one.
 import concurrent.futures
 import contextlib
 import dataclasses
+import glob
 import importlib
 import io
 import multiprocessing
@@ -31,6 +32,7 @@ import torch
 import common
 import data
 import protocols
+from tools import report
 
 METHODS = ("finetune", "foster", "der", "l2p", "dualprompt", "ranpac")
 FROZEN = ["ranpac.py", "--epochs-first", "0"]  # the ridge on the network as it came
@@ -70,6 +72,15 @@ def devices():
     return names[:count] if names[0] else [str(i) for i in range(count)]
 
 
+@contextlib.contextmanager
+def ending(pool):
+    """The pool; after an error or Ctrl-C what has not begun is not begun any more."""
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def run_all(rows, jobs):
     """Run the rows, `jobs` at a time; the list of those that failed, each with its error's last line."""
     failed, start, free, found = [], time.time(), queue.SimpleQueue(), devices()
@@ -83,20 +94,27 @@ def run_all(rows, jobs):
         finally:
             free.put(own)
 
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+    with ending(concurrent.futures.ThreadPoolExecutor(jobs)) as pool:
         waiting = {pool.submit(run, words): " ".join(words) for words in rows}
-        try:
-            finished = data.progress(concurrent.futures.as_completed(waiting), "rows", len(rows))
-            for done, future in enumerate(finished, 1):
-                result, name = future.result(), waiting[future]
-                if result.returncode:
-                    failed.append(f"python {name}: {(result.stderr.strip() or 'no word').splitlines()[-1]}")
-                state = "failed" if result.returncode else "done"
-                left = f"{len(rows) - done} of {len(rows)} left after {time.time() - start:.0f} s"
-                finished.write(f"{left}; {state}: {name}", sys.stderr)
-        finally:
-            pool.shutdown(cancel_futures=True)  # after Ctrl-C the rest is not begun
+        finished = data.progress(concurrent.futures.as_completed(waiting), "rows", len(rows))
+        for done, future in enumerate(finished, 1):
+            result, name = future.result(), waiting[future]
+            if result.returncode:
+                failed.append(f"python {name}: {(result.stderr.strip() or 'no word').splitlines()[-1]}")
+            state = "failed" if result.returncode else "done"
+            left = f"{len(rows) - done} of {len(rows)} left after {time.time() - start:.0f} s"
+            finished.write(f"{left}; {state}: {name}", sys.stderr)
     return failed
+
+
+def run_here(script, *flags, device="cpu"):
+    """Run a script's main() in this process, from the start and without its lines; its folds {fold: arrays}."""
+    module = importlib.import_module(script)
+    with tempfile.TemporaryDirectory() as out:
+        words = [module.__file__, "--device", device, "--out", out, *flags]
+        with contextlib.redirect_stdout(io.StringIO()), mock.patch.object(sys, "argv", words):
+            module.main()
+        return report.read_run(*glob.glob(os.path.join(out, "*", "*")))[1]
 
 
 def run_alike(name, seed):
@@ -107,16 +125,9 @@ def run_alike(name, seed):
         arrays = {key: getattr(session, key)[kept] for key in ("images", "labels", "subjects", "keys")}
         emotions = [word for word in session.emotions if word != "others"]
         sessions.append(dataclasses.replace(session, emotions=emotions, **arrays))
-    module = importlib.import_module(script)
-    flags = ["--preset", "tiny", "--protocol", "slcv", "--device", "cpu", "--sessions", *ALIKE, *flags]
-    with (tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()),
-          contextlib.redirect_stderr(io.StringIO()),
-          mock.patch.object(sys, "argv", [module.__file__, *flags, "--out", out]),
-          mock.patch.object(data, "synthetic", lambda *words, **others: sessions),
-          mock.patch.object(protocols.Run, "summary", lambda run: runs.append(run))):  # fmt: skip
-        runs = []
-        module.main()
-        folds = {fold: protocols.read_fold(runs[0].folder, runs[0].info, fold) for fold in range(protocols.K)}
+    with (mock.patch.object(data, "synthetic", lambda *words, **others: sessions),
+          contextlib.redirect_stderr(io.StringIO())):  # fmt: skip  # bars of several processes
+        folds = run_here(script, "--preset", "tiny", "--protocol", "slcv", "--sessions", *ALIKE, *flags)
     return [*protocols.curve(folds)[:, :2].mean(0), *protocols.sources(folds, 1)]
 
 
@@ -125,18 +136,15 @@ def alike(seeds):
     print(f"Real flow of CASME II and SAMM (without others) / the synthetic stream, seeds {' '.join(map(str, seeds))}")
     print("after S1, S2: accuracy in %, SLCV, mean over folds; tests: those of each session after S2, folds pooled\n")
     columns = ["after S1", "after S2", "CASME II's tests", "SAMM's tests"]
-    print("".join(f"{word:26s}" if not word else f"{word:>24s}" for word in ["", *columns]))
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+    print(" " * 26 + "".join(f"{word:>24s}" for word in columns))
+    context = multiprocessing.get_context("spawn")
+    with ending(concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context)) as pool:
         jobs = {name: [pool.submit(run_alike, name, seed) for seed in seeds] for name in REAL}
-        try:
-            for name, own in jobs.items():
-                made = np.mean([job.result() for job in own], 0)
-                cells = [
-                    f"- / {m:.1f}" if r is None else f"{r} / {m:.1f} ({m - r:+.1f})" for r, m in zip(REAL[name], made)
-                ]
-                print(f"{name:26s}" + "".join(f"{cell:>24s}" for cell in cells), flush=True)
-        finally:
-            pool.shutdown(cancel_futures=True)  # after Ctrl-C the rest is not begun
+        for name, own in jobs.items():
+            made = np.mean([job.result() for job in own], 0)
+            pairs = zip(REAL[name], made)
+            cells = [f"- / {m:.1f}" if r is None else f"{r} / {m:.1f} ({m - r:+.1f})" for r, m in pairs]
+            print(f"{name:26s}" + "".join(f"{cell:>24s}" for cell in cells), flush=True)
 
 
 def main():

@@ -983,7 +983,7 @@ def test_bench_lists_the_lines_that_wait_in_every_step(monkeypatch):
             for step, _ in enumerate(common.batches(count, 2, 1, "cpu")):
                 for line, word in ((7, "synchronizing"), (20 + step % 3, "synchronizing"), (8, "different")):
                     warned(line, word)
-        return {"seconds": [1.0, 2.5]}
+        return {0: {"seconds": [1.0, 2.5]}}
 
     monkeypatch.setattr(bench, "run_here", run_here)
     for name, value in {"reset_peak_memory_stats": None, "max_memory_allocated": 3 * 2**20}.items():
@@ -1034,7 +1034,7 @@ def test_pretrain_makes_files_that_every_method_takes(run, tmp_path):
         assert f"({file.name}, {size} px, " in screen, screen
 
 
-def test_pretrain_mistakes_are_one_line_and_write_nothing(run, tmp_path, monkeypatch):
+def test_pretrain_mistakes_are_one_line_and_write_nothing(run, tmp_path):
     out = tmp_path / "made.pt"
     for words, error in (
         ("--backbone test_vit --size 6", "that takes 6 pixels"), ("--backbone odd", "--backbone odd"),
