@@ -3,7 +3,7 @@
     python -m tools.tables                          on the synthetic stream, in results/table
     python -m tools.tables --data prepared          on images of the licensed datasets, by the paper's settings
     python -m tools.tables --data prepared --seeds 0 1 2 --controls --dry-run      only the commands, for a cluster
-    python -m tools.tables --alike                  how far the synthetic stream is from real flow, three minutes
+    python -m tools.tables --alike                  how far the synthetic stream is from real flow, some minutes
 
 Started again, it goes on where it stopped: finished folds are kept. There run as many at once as there are CUDA
 devices, each on a device of its own, or without one as many as there are cores, each on one thread: the tiny networks
@@ -16,7 +16,6 @@ import dataclasses
 import glob
 import importlib
 import io
-import multiprocessing
 import os
 import queue
 import shlex
@@ -72,15 +71,6 @@ def devices():
     return names[:count] if names[0] else [str(i) for i in range(count)]
 
 
-@contextlib.contextmanager
-def ending(pool):
-    """The pool; after an error or Ctrl-C what has not begun is not begun any more."""
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def run_all(rows, jobs):
     """Run the rows, `jobs` at a time; the list of those that failed, each with its error's last line."""
     failed, start, free, found = [], time.time(), queue.SimpleQueue(), devices()
@@ -94,16 +84,19 @@ def run_all(rows, jobs):
         finally:
             free.put(own)
 
-    with ending(concurrent.futures.ThreadPoolExecutor(jobs)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         waiting = {pool.submit(run, words): " ".join(words) for words in rows}
-        finished = data.progress(concurrent.futures.as_completed(waiting), "rows", len(rows))
-        for done, future in enumerate(finished, 1):
-            result, name = future.result(), waiting[future]
-            if result.returncode:
-                failed.append(f"python {name}: {(result.stderr.strip() or 'no word').splitlines()[-1]}")
-            state = "failed" if result.returncode else "done"
-            left = f"{len(rows) - done} of {len(rows)} left after {time.time() - start:.0f} s"
-            finished.write(f"{left}; {state}: {name}", sys.stderr)
+        try:
+            finished = data.progress(concurrent.futures.as_completed(waiting), "rows", len(rows))
+            for done, future in enumerate(finished, 1):
+                result, name = future.result(), waiting[future]
+                if result.returncode:
+                    failed.append(f"python {name}: {(result.stderr.strip() or 'no word').splitlines()[-1]}")
+                state = "failed" if result.returncode else "done"
+                left = f"{len(rows) - done} of {len(rows)} left after {time.time() - start:.0f} s"
+                finished.write(f"{left}; {state}: {name}", sys.stderr)
+        finally:
+            pool.shutdown(cancel_futures=True)  # after Ctrl-C the rest is not begun
     return failed
 
 
@@ -125,8 +118,7 @@ def run_alike(name, seed):
         arrays = {key: getattr(session, key)[kept] for key in ("images", "labels", "subjects", "keys")}
         emotions = [word for word in session.emotions if word != "others"]
         sessions.append(dataclasses.replace(session, emotions=emotions, **arrays))
-    with (mock.patch.object(data, "synthetic", lambda *words, **others: sessions),
-          contextlib.redirect_stderr(io.StringIO())):  # fmt: skip  # bars of several processes
+    with mock.patch.object(data, "synthetic", lambda *words, **others: sessions):
         folds = run_here(script, "--preset", "tiny", "--protocol", "slcv", "--sessions", *ALIKE, *flags)
     return [*protocols.curve(folds)[:, :2].mean(0), *protocols.sources(folds, 1)]
 
@@ -137,14 +129,10 @@ def alike(seeds):
     print("after S1, S2: accuracy in %, SLCV, mean over folds; tests: those of each session after S2, folds pooled\n")
     columns = ["after S1", "after S2", "CASME II's tests", "SAMM's tests"]
     print(" " * 26 + "".join(f"{word:>24s}" for word in columns))
-    context = multiprocessing.get_context("spawn")
-    with ending(concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context)) as pool:
-        jobs = {name: [pool.submit(run_alike, name, seed) for seed in seeds] for name in REAL}
-        for name, own in jobs.items():
-            made = np.mean([job.result() for job in own], 0)
-            pairs = zip(REAL[name], made)
-            cells = [f"- / {m:.1f}" if r is None else f"{r} / {m:.1f} ({m - r:+.1f})" for r, m in pairs]
-            print(f"{name:26s}" + "".join(f"{cell:>24s}" for cell in cells), flush=True)
+    for name, real in REAL.items():
+        pairs = zip(real, np.mean([run_alike(name, seed) for seed in seeds], 0))
+        cells = [f"- / {made:.1f}" if r is None else f"{r} / {made:.1f} ({made - r:+.1f})" for r, made in pairs]
+        print(f"{name:26s}" + "".join(f"{cell:>24s}" for cell in cells), flush=True)
 
 
 def main():
@@ -161,8 +149,7 @@ def main():
     if not all(0 <= seed < 2**32 for seed in args.seeds or ()):
         sys.exit(f"error: --seeds {' '.join(map(str, args.seeds))}: each must be at least 0 and less than 2**32")
     if args.alike:
-        alike(args.seeds or [0, 1, 2])
-        return
+        return common.launch(lambda: alike(args.seeds or [0, 1, 2]), "nothing is kept")
     jobs = len(devices()) or os.cpu_count() if args.jobs is None else args.jobs
     if not args.out or args.data == "" or jobs < 1:
         sys.exit("error: --data and --out take a folder's name, --jobs a number of at least 1")
