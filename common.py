@@ -92,7 +92,7 @@ def parse(description, settings):
     except Exception as error:  # torch raises a different type for every way in which a device can be missing
         sys.exit(f"error: --device {name}: {str(error).splitlines()[0]}")
     if args.preset == "tiny" and args.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # a second one gains little, and loses much when other programs run
+        torch.set_num_threads(1)  # a second one gains a quarter, and loses much when other programs run
     # Training on CUDA is in bfloat16 (autocast); everything else is in full float32, and the same in every run. A timm
     # model that CUDA cannot train so stops with torch's own words. (mps lacks a deterministic max pooling.)
     torch.backends.cudnn.allow_tf32 = False

@@ -82,12 +82,9 @@ class Session:
 
 
 def progress(items, what, total=None):
-    """The items, with a bar on a terminal once they take more than a second (side by side: only of the first process).
-
-    Its rate is in items, e.g. batches, per second.
-    """
+    """The items, with a bar on a terminal: items per second, time left. Of processes side by side only the first's."""
     hidden = True if os.environ.get("RANK", "0") != "0" else None  # None: where there is no terminal
-    return tqdm(items, what, total, leave=False, delay=1, disable=hidden)
+    return tqdm(items, what, total, leave=False, disable=hidden)
 
 
 def load_sessions(args, backbone):

@@ -220,11 +220,13 @@ class Run:
     def summary(self):
         """Print means, standard deviations, the commonest emotion and the T x T matrix, of all folds that are there.
 
-        Only if all that were asked for are there: under torchrun the process that finds the last one done prints.
+        Only if all that were asked for are there. Under torchrun the process that finds the last one done prints; the
+        first, if all were there before.
         """
         names, lead, count = list(self.info["counts"]), self.info["merges"][0], self.info["fold_count"]
         folds = {fold: saved for fold in range(count) if (saved := read_fold(self.folder, self.info, fold))}
-        if not set(self.asked) <= set(folds):
+        idle = not self.folds and os.environ.get("RANK", "0") != "0"
+        if idle or not set(self.asked) <= set(folds):
             return
 
         def row(label, *cells):

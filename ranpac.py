@@ -82,11 +82,11 @@ class LowRankRidge:
         # The new S is the old one with h below it: S^T S = G + h^T h. The new Z too: S^T Z = Q + h^T y.
         s, z = self.s.to(h.device), F.pad(self.z.to(h.device), (0, y.shape[1] - self.z.shape[1]))  # old y: 0 there
         k, gram = len(s), h @ h.T if gram is None else gram
-        gram = torch.block_diag(torch.diag(self.eigenvalues.to(h.device)), gram)  # S S^T: of the old S it is diagonal
-        gram[k:, :k] = h @ s.T  # eigh reads nothing above the diagonal
+        outer = torch.block_diag(torch.diag(self.eigenvalues.to(h.device)), gram)  # S S^T: of the old S it is diagonal
+        outer[k:, :k] = h @ s.T  # eigh reads nothing above the diagonal
         # S S^T = U diag(eigenvalues) U^T. U is orthogonal, so U^T S and U^T Z have the same products S^T S and S^T Z.
         # The squared length of a row u^T S is its eigenvalue: where that is 0, so is the row, and it can go.
-        self.eigenvalues, u = eigen(gram)
+        self.eigenvalues, u = eigen(outer)
         self.s = torch.addmm(u[:k].T @ s, u[k:].T, h)  # U^T S, old part and new part
         self.z = u.T @ torch.cat([z, y])
 

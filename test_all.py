@@ -950,9 +950,9 @@ def test_many_processes_make_the_files_of_one(monkeypatch):
     assert numbers("one") == numbers("two") == numbers("jobs")
     assert len(re.findall("(?:casme2 +5|samm +7) ", out)) == 6  # torchrun's processes may write into each other's lines
     assert screen.split("\n\n")[1] in out
-    # Process 1 of 2 takes every second fold; a fold that is there is kept; who finds all done prints the summary.
+    # Process 1 of 2 takes every second fold; a fold that is there is kept; who finds all done prints the summary, once.
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, expected, done in (("1", "44", 0), ("0", "0022", 1), ("1", "44", 1)):
+    for rank, expected, done in (("1", "44", 0), ("0", "0022", 1), ("1", "44", 0), ("0", "0022", 1)):
         monkeypatch.setenv("RANK", rank)
         out = works(*PIXELS, *folds, "--out", "ranks")
         assert "".join(line[0] for line in lines_of(out)[0]) == expected
@@ -970,6 +970,26 @@ def test_many_processes_make_the_files_of_one(monkeypatch):
         monkeypatch.setenv("LOCAL_RANK", rank)
         assert one_line("finetune", *flags).startswith(f"error: --device {tried[-1]}: ")
     assert tried == [device for own in ("cuda", "cuda:0", "cuda:1") for device in (own, own, "cuda:7")]
+
+
+def test_what_takes_long_shows_a_bar(monkeypatch):
+    """Of each step of a run; on a terminal only, and of processes side by side only that of the first."""
+    long, progress = collections.Counter(), data.progress
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "progress", lambda items, what, *n: long.update([what]) or progress(items, what, *n))
+        works(*SHORT)
+    assert long == {
+        "casme2": 1,
+        "samm": 1,
+        "training": 4,
+        "features": 5,
+    }  # once before the sessions, to try the network
+    for rank, terminal, expected in (("0", True, "steps:   0%"), ("1", True, ""), ("0", False, "")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setattr(sys, "stderr", screen := io.StringIO())
+        screen.isatty = lambda terminal=terminal: terminal
+        assert list(data.progress(range(3), "steps")) == [0, 1, 2] and expected in screen.getvalue()
+        assert bool(screen.getvalue()) == bool(expected)
 
 
 def test_the_tiny_preset_takes_one_thread_of_a_cpu(monkeypatch):

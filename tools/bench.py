@@ -2,7 +2,7 @@
 
 python -m tools.bench                         all parts on the CPU: five minutes on two quiet cores
 python -m tools.bench --parts ridge kept      only these
-python -m tools.bench --gpu                   all parts on CUDA, as tables for docs/speed.md: eight minutes on 16 cores
+python -m tools.bench --gpu                   all parts on CUDA, as tables for docs/speed.md; it aims at eight minutes
 python -m tools.bench --gpu --compile         training with torch.compile, and nothing else
 python -m tools.bench --gpu --device cpu      tries that command out without CUDA: tiny networks, one fold
 """
@@ -16,12 +16,14 @@ import gc
 import glob
 import importlib
 import importlib.metadata
+import itertools
 import os
 import re
-import socket
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -35,18 +37,21 @@ import data
 import protocols
 import ranpac
 from tools import report
-from tools.tables import run_here
+from tools.tables import ending, run_here
 
 FROZEN = {  # the networks whose features a method keeps for its steps and tests; v: the variables of its main()
     "der": lambda v, testing: v["extractors"][:-1],
+    # While the second network learns, the first; while one network learns from both, both; in tests the first again.
     "foster": lambda v, testing: [v["old"], v["backbone"]][: v["t"] and 1 + (v["student"] != v["old"] and not testing)],
     "l2p": lambda v, testing: [v["vit"]],
     "dualprompt": lambda v, testing: [v["vit"]],
     "ranpac": lambda v, testing: [v["backbone"]] * testing,
 }
+HERE = common.HERE
 SCRIPTS = ["finetune", *FROZEN, *(f"controls.{name}" for name in ("joint", "norch", "linear", "pixels"))]
+ON_ALL = ["finetune", "der", "foster", "ranpac"]  # what --gpu runs on the other backbones, too
 FAILURES = []  # of --gpu: what failed
-made = functools.cache(data.synthetic)  # images of 224 pixels take a quarter of a minute
+stream_of = functools.cache(data.synthetic)  # images of 224 pixels take a quarter of a minute
 
 
 # ---- what both halves use --------------------------------------------------------------------------------------------
@@ -69,7 +74,7 @@ def seconds(work, *inputs, tries=1):
 
 def copies(size, sessions):
     """data.synthetic, but its images are made once. Copies, since load_sessions changes them."""
-    return [dataclasses.replace(session) for session in made(size) if session.name in sessions]
+    return [dataclasses.replace(session) for session in stream_of(size) if session.name in sessions]
 
 
 def bare(name, count, epochs=1, batch=32, device="cpu", preset="tiny", compiled=False):
@@ -129,8 +134,10 @@ def ridge(m=10_000):
     print(f"low rank, {count} lambdas, float64, seconds per session:", ", ".join(f"{s:.2f}" for s in times))
     h, y = map(torch.Tensor.double, samples(197, m))
     once = seconds(torch.linalg.solve, h.T @ h + torch.eye(m, dtype=torch.float64), h.T @ y)
-    dense = 4 * (count + 1) * once
-    print(f"dense M x M, float64: one solve {once:.1f} s; 4 x ({count} lambdas + 1) of them {dense:.0f} s, scaled")
+    dense = 4 * (count + 1) * once  # the last one for the classifier
+    print(
+        f"dense M x M, float64, a solve for every lambda, as released: {dense:.0f} s, scaled from one of {once:.1f} s"
+    )
     print(f"dense / low rank = {dense / sum(times):.0f}")
     for name, sizes in (("samples", [(200, m), (400, m), (800, m)]), ("M", [(400, m // 4), (400, m // 2), (400, m)])):
         times = []
@@ -215,7 +222,7 @@ def commands(*flags):
     for method in ["finetune", *FROZEN]:
         begin, peak = time.perf_counter(), 0
         with tempfile.TemporaryDirectory() as out:
-            words = [sys.executable, f"{common.HERE}/{method}.py", "--device", "cpu", "--folds", "0", "--out", out]
+            words = [sys.executable, f"{HERE}/{method}.py", "--device", "cpu", "--folds", "0", "--out", out]
             process = subprocess.Popen([*words, *flags], stdout=subprocess.DEVNULL)
             while process.poll() is None:
                 with contextlib.suppress(OSError, ValueError, IndexError), open(f"/proc/{process.pid}/status") as file:
@@ -258,27 +265,26 @@ def briefly(script, **values):
 
 def scores(device):
     title = "Scores after one step in each session and phase: largest difference / largest score, tiny preset, fold 0."
-    hint = "One rounding to bfloat16 is 2^-8 = 0.4 %; the first step of AdamW also follows signs of gradients near 0."
-    table(f"{title} {hint}", "script", f"casme2, {device} - cpu", f"samm, {device} - cpu", "")
+    hint = "One rounding to bfloat16 is 2^-8 = 0.4 %; the first step of AdamW also follows signs of gradients near 0,"
+    more = "and another lambda or prompt may be chosen. Linear and pixels use no bfloat16."
+    table(f"{title} {hint} {more}", "script", f"casme2, {device} - cpu", f"samm, {device} - cpu", "")
     for script in SCRIPTS:
         with guarded(script):
             flags = ["--preset", "tiny", "--sessions", "casme2", "samm", "--folds", "0", *briefly(script, batch=4096)]
             tried, cpu = (run_here(script, *flags, device=name)[0] for name in (device, "cpu"))
             errors = [100 * abs(tried[k] - cpu[k]).max() / abs(cpu[k]).max() for k in ("scores_0", "scores_1")]
-            row(script, *(f"{error:.3g} %" for error in errors), "above 5 %" if max(errors) > 5 else "")
+            most = 0.01 if script in ("controls.linear", "controls.pixels") else 5  # %
+            row(script, *(f"{error:.3g} %" for error in errors), f"above {most} %" if max(errors) > most else "")
 
 
 def torchrun(script, device, folds):
     """The last accuracy in %, the mean over folds, in the tiny preset, with a process for each fold."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     with tempfile.TemporaryDirectory() as out:
-        words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(folds), "--master-port", port]
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(folds)]
         words += ["-m", script, "--preset", "tiny", "--device", device, "--out", out, "--folds"]
         words += map(str, range(folds))
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(words, cwd=common.HERE, env=environment, capture_output=True, text=True)
+        done = subprocess.run(words, cwd=HERE, env=environment, capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr)
         info, saved = report.read_run(*glob.glob(os.path.join(out, "*", "*")))
@@ -291,7 +297,7 @@ def accuracies(device):
     folds = 5 if device == "cuda" else 1
     at_once = max(1, min(4, os.cpu_count() // folds))
     table(f"Last accuracy in %, tiny preset, mean of {folds} folds", "script", "cpu", device, "difference", "")
-    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+    with ending(concurrent.futures.ThreadPoolExecutor(at_once)) as pool:
         jobs = {script: [pool.submit(torchrun, script, name, folds) for name in ("cpu", device)] for script in SCRIPTS}
         for script in SCRIPTS:
             with guarded(script):
@@ -301,47 +307,54 @@ def accuracies(device):
 
 
 class Watched(list):
-    """Batches of a training loop; while it runs, every wait for CUDA is a warning, at the innermost line of Python."""
+    """Batches of a training loop; while it runs, every wait for CUDA is a warning. `steps` gets one entry per step."""
+
+    steps = []
 
     def __iter__(self):
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            yield from super().__iter__()
+            for batch in super().__iter__():
+                self.steps.append(None)
+                yield batch
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
 
 def watched(script, device, *flags):
-    """Seconds of all sessions; on CUDA also peak memory in MiB, and the lines that wait for CUDA in every step."""
-    cuda, steps, draw = device == "cuda", [], common.batches
+    """Seconds of all sessions; on CUDA also the tensors' peak in MiB, and lines that wait for CUDA in its steps."""
+    cuda, waits, draw = device == "cuda", collections.defaultdict(set), common.batches
+    steps = Watched.steps = []
 
-    def batches(*inputs):
-        drawn = draw(*inputs)
-        steps.append(len(drawn))
-        return Watched(drawn) if cuda else drawn
+    def note(message, category, filename, line, *others):
+        """Of a warning: in which step it came, and at which line of ours (a backward pass warns inside of torch)."""
+        frame = sys._getframe(1)
+        while frame.f_back and os.path.dirname(frame.f_code.co_filename) not in (HERE, os.path.join(HERE, "controls")):
+            frame = frame.f_back
+        if "called a synchronizing" in str(message):
+            waits[f"{os.path.relpath(frame.f_code.co_filename, HERE)}:{frame.f_lineno}"].add(len(steps))
 
     gc.collect()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
+    batches = lambda *inputs: Watched(draw(*inputs)) if cuda else draw(*inputs)  # noqa: E731
     with (mock.patch.object(common, "batches", batches), mock.patch.object(data, "synthetic", copies),
-          warnings.catch_warnings(record=True) as met):  # fmt: skip
+          warnings.catch_warnings(), mock.patch.object(warnings, "showwarning", note)):  # fmt: skip
         warnings.simplefilter("always")
         spent = sum(run_here(script, *flags, device=device)[0]["seconds"])
     if not cuda:
         return f"{spent:.1f}", "-", "-"
-    where = [f"{w.filename}:{w.lineno}" for w in met if "called a synchronizing" in str(w.message)]
-    lines = collections.Counter(re.sub(r".*site-packages/", "", os.path.relpath(line, common.HERE)) for line in where)
-    often = [f"{line} ({count} times)" for line, count in lines.most_common() if steps and count >= max(steps)]
-    waits = ", ".join(often) or ("none" if steps else "no steps")
-    return f"{spent:.1f}", f"{torch.cuda.max_memory_allocated() / 2**20:.0f}", waits
+    lines = [f"{line} ({len(w)} of {len(steps)})" for line, w in sorted(waits.items(), key=lambda w: -len(w[1]))]
+    return f"{spent:.1f}", f"{torch.cuda.max_memory_allocated() / 2**20:.0f}", ", ".join(lines) or "none"
 
 
 def sessions(device):
-    preset, only_vit = "paper" if device == "cuda" else "tiny", ("l2p", "dualprompt", "controls.pixels")
-    title = f"Four sessions of one epoch, {preset} preset, random weights, synthetic images, fold 0"
-    table(title, "script", "backbone", "seconds", "peak MiB", "lines that wait for CUDA in every step")
-    for backbone in ("vit", "swin"):
-        for script in [script for script in SCRIPTS if backbone == "vit" or script not in only_vit]:
+    preset = "paper" if device == "cuda" else "tiny"
+    title = f"Four sessions of one epoch, {preset} preset, random weights, synthetic images, fold 0. Memory is that of"
+    title += " tensors; a process takes about half a GB more. A line waits in so many of all steps"
+    table(title, "script", "backbone", "seconds", "peak MiB", "lines that wait for CUDA")
+    for backbone, scripts in {"vit": SCRIPTS, "swin": ON_ALL, "resnet": ON_ALL}.items():
+        for script in scripts:
             with guarded(f"{script} --backbone {backbone}"):
                 flags = ["--preset", preset, "--backbone", backbone, "--folds", "0", *briefly(script)]
                 flags += [] if script == "controls.pixels" else ["--weights", "none"]
@@ -353,6 +366,7 @@ def join(barrier):
     global together
     together = barrier
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word
 
 
 def rate(name, device, compiled=False, beside=False):
@@ -363,7 +377,7 @@ def rate(name, device, compiled=False, beside=False):
         for _ in range(3):
             train()
         clock()
-    except Exception:
+    except BaseException:
         if beside:
             together.abort()  # or the others would wait
         raise
@@ -376,32 +390,40 @@ def rate(name, device, compiled=False, beside=False):
     return count / (clock() - begin)
 
 
+def together_rate(jobs):
+    """The sum of the rates of processes side by side. If one fails, its error, not that of those that waited for it."""
+    concurrent.futures.wait(jobs)
+    errors = [error for job in jobs if (error := job.exception())]
+    if errors:
+        raise min(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError))
+    return sum(job.result() for job in jobs)
+
+
 def rates(device):
     preset, count = ("paper", 5) if device == "cuda" else ("tiny", 2)
     columns = ["network", "alone", f"{count} processes side by side, sum"]
     table(f"Images per second in training, {preset} preset, batch 16, eager, on {device}", *columns)
     context = torch.multiprocessing.get_context("spawn")
     barrier = context.Barrier(count)
-    pool = concurrent.futures.ProcessPoolExecutor(count, context, initializer=join, initargs=(barrier,))
-    with pool:
+    with concurrent.futures.ProcessPoolExecutor(count, context, join, (barrier,)) as pool:
         for name in common.TINY:
             with guarded(name):
                 alone = rate(name, device)
                 barrier.reset()  # one that failed would have broken it
                 jobs = [pool.submit(rate, name, device, beside=True) for _ in range(count)]
-                concurrent.futures.wait(jobs)
-                row(name, f"{alone:.0f}", f"{sum(job.result() for job in jobs):.0f}")
+                row(name, f"{alone:.0f}", f"{together_rate(jobs):.0f}")
 
 
 def compiling(device):
-    table(f"Images per second in training, batch 16, on {device}", "network", "eager", "torch.compile")
-    for name in common.TINY:
-        with guarded(name):
-            row(name, *(f"{rate(name, device, compiled):.0f}" for compiled in (False, True)))
+    table(f"Images per second in training, batch 16, on {device}", "network", "", "images per second")
+    for name, how in itertools.product(common.TINY, ("eager", "torch.compile")):
+        with guarded(f"{name}, {how}"):
+            row(name, how, f"{rate(name, device, how != 'eager'):.0f}")
 
 
 def ridges(device):
-    m = ranpac.SETTINGS["projected"][device == "cpu"]
+    paper, tiny = ranpac.SETTINGS["projected"]
+    m = paper if device == "cuda" else tiny
     table(f"Seconds of the ridge, M = {m}, on {device}", *(f"session {t + 1}" for t in range(4)))
     with guarded("ridge"):
         low_rank(m, device)  # CUDA's libraries start

@@ -42,7 +42,6 @@ from pathlib import Path
 import numpy as np
 import PIL
 from PIL import Image
-from tqdm import tqdm
 
 import common
 import data
@@ -137,7 +136,7 @@ def main():
     usable = [row for row in rows if not row["reason"]]
     todo = [row for row in usable if not os.path.exists(os.path.join(args.out, row["key"]))]
     print(f"{args.out}: {len(usable) - len(todo)} images are there already, {len(todo)} to make", flush=True)
-    for row in tqdm(todo, disable=None):
+    for row in data.progress(todo, "images"):
         row["reason"], row["detail"] = make_image(row, args.out, args.size, args.flow)
     write_folds(args.out, args.sessions, rows)
     report(args.out, args.sessions, rows)

@@ -6,8 +6,7 @@
     python -m tools.tables --alike                  how far the synthetic stream is from real flow, some minutes
 
 Started again, it goes on where it stopped: finished folds are kept. There run as many at once as there are CUDA
-devices, each on a device of its own, or without one as many as there are cores, each on one thread: the tiny networks
-gain little from a second one.
+devices, each on a device of its own, or without one as many as there are cores, each on one thread.
 """
 
 import concurrent.futures
@@ -71,6 +70,15 @@ def devices():
     return names[:count] if names[0] else [str(i) for i in range(count)]
 
 
+@contextlib.contextmanager
+def ending(pool):
+    """The pool; after an error or Ctrl-C what has not begun is not begun any more."""
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def run_all(rows, jobs):
     """Run the rows, `jobs` at a time; the list of those that failed, each with its error's last line."""
     failed, start, free, found = [], time.time(), queue.SimpleQueue(), devices()
@@ -84,19 +92,16 @@ def run_all(rows, jobs):
         finally:
             free.put(own)
 
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+    with ending(concurrent.futures.ThreadPoolExecutor(jobs)) as pool:
         waiting = {pool.submit(run, words): " ".join(words) for words in rows}
-        try:
-            finished = data.progress(concurrent.futures.as_completed(waiting), "rows", len(rows))
-            for done, future in enumerate(finished, 1):
-                result, name = future.result(), waiting[future]
-                if result.returncode:
-                    failed.append(f"python {name}: {(result.stderr.strip() or 'no word').splitlines()[-1]}")
-                state = "failed" if result.returncode else "done"
-                left = f"{len(rows) - done} of {len(rows)} left after {time.time() - start:.0f} s"
-                finished.write(f"{left}; {state}: {name}", sys.stderr)
-        finally:
-            pool.shutdown(cancel_futures=True)  # after Ctrl-C the rest is not begun
+        finished = data.progress(concurrent.futures.as_completed(waiting), "rows", len(rows))
+        for done, future in enumerate(finished, 1):
+            result, name = future.result(), waiting[future]
+            if result.returncode:
+                failed.append(f"python {name}: {(result.stderr.strip() or 'no word').splitlines()[-1]}")
+            state = "failed" if result.returncode else "done"
+            left = f"{len(rows) - done} of {len(rows)} left after {time.time() - start:.0f} s"
+            finished.write(f"{left}; {state}: {name}", sys.stderr)
     return failed
 
 
@@ -149,6 +154,8 @@ def main():
     if not all(0 <= seed < 2**32 for seed in args.seeds or ()):
         sys.exit(f"error: --seeds {' '.join(map(str, args.seeds))}: each must be at least 0 and less than 2**32")
     if args.alike:
+        if args.data is not None or args.preset or args.controls or args.jobs is not None or args.dry_run:
+            p.error("--alike takes --seeds and nothing else")
         return common.launch(lambda: alike(args.seeds or [0, 1, 2]), "nothing is kept")
     jobs = len(devices()) or os.cpu_count() if args.jobs is None else args.jobs
     if not args.out or args.data == "" or jobs < 1:
