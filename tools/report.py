@@ -128,8 +128,9 @@ def label(info):
 
 
 def but_seed(info):
-    """All that a run's numbers depend on, but the seed."""
-    return {word: value for word, value in info.items() if word not in ("seed", "arguments", "seeds", "label")}
+    """All that a run's numbers depend on, but the seed, from which random weights come, too."""
+    other = ("seed", "arguments", "seeds", "label", *["weights"] * (info["changed"].get("weights") == "none"))
+    return {word: value for word, value in info.items() if word not in other}
 
 
 def is_control(info):

@@ -6,6 +6,7 @@ import csv
 import functools
 import importlib
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -736,6 +737,13 @@ def test_seeds_are_one_row(tmp_path, call):
     by_sum = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))[0]
     words = ("seeds", "std avg", "pooled accuracy S2", "recall disgust", "lowest seed last")
     assert [by_sum[word] for word in words] == ["0 1", "17.6777", "75.0000", "62.5000", "62.5000"]
+    for seed, name in itertools.product((0, 1), ("none", "a.pt")):  # random weights differ from seed to seed
+        changes = dict(seed=seed, changed={"weights": name}, weights=f"{name}, sha256 {seed}")
+        write_run(tmp_path / f"weights {name} {seed}" / "1", **changes)
+    found = rows_of(call(report, tmp_path).out)
+    assert {("vit", f"der weights={word}") for word in ("none, 2 seeds", "a.pt", "a.pt, seed 1")} < found.keys()
+    for folder in tmp_path.glob("weights*"):
+        shutil.rmtree(folder)
     apart = rows_of(call(report, tmp_path, "--each-seed").out)
     assert [apart["vit", f"der, seed {seed}"][14:19] for seed in (0, 1)] == ["62.50", "87.50"] and len(apart) == 5
     write_run(tmp_path / "2" / "1", [BETTER[0], None], seed=2)
