@@ -978,12 +978,9 @@ def test_what_takes_long_shows_a_bar(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(data, "progress", lambda items, what, *n: long.update([what]) or progress(items, what, *n))
         works(*SHORT)
-    assert long == {
-        "casme2": 1,
-        "samm": 1,
-        "training": 4,
-        "features": 5,
-    }  # once before the sessions, to try the network
+        put("tree", TREE)
+        data.load("tree", ["samm"], 12)
+    assert long == {"casme2": 1, "samm": 2, "training": 4, "features": 5}  # one to try the network
     for rank, terminal, expected in (("0", True, "steps:   0%"), ("1", True, ""), ("0", False, "")):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setattr(sys, "stderr", screen := io.StringIO())
@@ -1168,8 +1165,35 @@ def test_weight_files_of_every_kind(monkeypatch):
     assert start("dualprompt", *flags)[2] == "loaded\n"
 
 
+def changed(script, diff):
+    """The text of a script after a diff of the docs: its old lines are there, in this order."""
+    lines, out = text_of(f"{script}.py").splitlines(), []
+    for mark, line in re.findall("^([ +-])(.*)$", diff, re.M):
+        if mark == "+":
+            out.append(line)
+        else:
+            at = lines.index(line)
+            out, lines = [*out, *lines[: at + (mark == " ")]], lines[at + 1 :]
+    return "\n".join([*out, *lines]) + "\n"
+
+
+@pytest.mark.parametrize("page, count", [("README.md", 1), ("docs/exercises.md", 3)])
+def test_changes_in_the_docs_run(page, count):
+    changes = re.findall("(.*?)```diff\n(.*?)```", text_of(page), re.S)
+    assert len(changes) == count
+    for before, diff in changes:
+        script = re.findall(r"`(?:cp )?(\w+)\.py", before)[-1]
+        put(".", {"mine.py": changed(script, diff)})
+        screen = works("mine.py", *TWO, "--folds", "0", "--epochs-first", "2", "--epochs-next", "2")
+        assert len(lines_of(screen)[0]) == 2
+        shutil.rmtree("results")
+
+
 def test_readme_is_true():
-    """Its examples and commands run, in their order (what trains for one epoch on one fold); its hashes are these."""
+    """Its examples and commands run, in their order (what trains for one epoch on one fold); its hashes are these.
+
+    The first lines that it shows are those of the main command, and the methods' numbers those of docs/results.md.
+    """
     text = text_of("README.md")
     failed, tried = doctest.testfile(os.path.join(HERE, "README.md"), module_relative=False)
     assert tried >= 5 and not failed
@@ -1179,24 +1203,25 @@ def test_readme_is_true():
     assert len(commands) >= 5
     for script, *flags in commands:
         script, *flags = (script[:-3], *flags) if script != "-m" else flags
-        short = ["--folds", "0", *brief(script)] if script in SCRIPTS else []
+        shown = script == "ranpac" and "--data" not in flags
+        short = ["--folds", "0", *([] if shown else brief(script))] if script in SCRIPTS else []
         screen = works(script, *flags, *short, *(["--preset", "tiny"] if short and "--data" in flags else []))
-        if script == "ranpac" and "--data" not in flags:
+        if shown:
             assert screen.splitlines()[1] in text
-    # The method in the diff: its lines of finetune.py are there, in this order, and what comes out runs.
-    lines, out = text_of("finetune.py").splitlines(), []
-    for mark, line in re.findall("^([ +-])(.*)$", re.search("```diff\n(.*?)```", text, re.S).group(1), re.M):
-        if mark != "+":
-            at = lines.index(line)
-            out, lines = [*out, *lines[: at + (mark == " ")]], lines[at + 1 :]
-        else:
-            out.append(line)
-    with open("lwf.py", "w") as file:
-        file.write("\n".join([*out, *lines]) + "\n")
-    flags = ["--sessions", "casme2", "samm", "--folds", "0", "--epochs-first", "1", "--epochs-next", "1"]
-    assert len(lines_of(process("lwf.py", *flags).communicate()[0])[0]) == 2
-    methods = re.findall(r"^\| \[`(\w+)\.py`\]\(\1\.py\) \| .* \| .* \| .* \|$", text, re.M)
-    assert methods == METHODS
+            for line, told in zip(lines_of(screen)[0], lines_of(text)[0], strict=True):
+                assert line[:3] == told[:3] and np.float64(line[3:6]) == pytest.approx(np.float64(told[3:6]), abs=4)
+    table = text_of("docs/results.md").split("**ILCV")[1].split("\n**")[0]
+    found = {}  # {method, or method prob: `last`} of the tiny ViT
+    for line in re.findall(r"^\| (?:vit|none) \| .*3 seeds.*$", table, re.M):
+        cells = line.split("|")
+        found |= {(name := cells[2].split(",")[0].strip()): cells[8], f"{name} prob": cells[-2]}
+    told = re.findall(r"^\| \[`(\w+)\.py`\]\(\1\.py\) \| .* \| .* \| (.*) \|$", text, re.M)
+    assert [name for name, _ in told] == METHODS
+    for name, cell in told:
+        more = {"finetune": ["norch", "joint"], "der": ["der prob"], "foster": ["foster prob"], "l2p": ["linear"],
+                "ranpac": ["ranpac epochs_first=0", "pixels"]}.get(name, [])  # fmt: skip
+        expected = [float(found[word].split()[0]) for word in (name, *more)]
+        assert np.float64(re.findall(r"\d+\.\d", cell)) == pytest.approx(expected, abs=0.051), name
 
 
 def test_sum_of_rows_is_ridge_on_emotions():

@@ -3,7 +3,7 @@
     python -m tools.tables                          on the synthetic stream, in results/table
     python -m tools.tables --data prepared          on images of the licensed datasets, by the paper's settings
     python -m tools.tables --data prepared --seeds 0 1 2 --controls --dry-run      only the commands, for a cluster
-    python -m tools.tables --alike                  how far the synthetic stream is from real flow, some minutes
+    python -m tools.tables --alike                  how far the synthetic stream is from real flow, three minutes
 
 Started again, it goes on where it stopped: finished folds are kept. There run as many at once as there are CUDA
 devices, each on a device of its own, or without one as many as there are cores, each on one thread.
