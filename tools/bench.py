@@ -165,8 +165,8 @@ def loop(epochs=10, turns=2):
 
 
 def kept(turns=2):
-    print("\nFeatures of frozen networks computed again in every step and test / kept: a trial of three sessions, vit")
-    flags = ["--folds", "0", "--sessions", *data.STREAM[:3]]
+    print("\nFeatures of frozen networks computed again in every step and test / kept: three sessions of 3 epochs, vit")
+    flags = ["--folds", "0", "--sessions", *data.STREAM[:3], "--epochs-first", "3"]
     backward, record = torch.Tensor.backward, protocols.Run.record
 
     def step(loss):  # loss.backward() in main(): its batch goes through the frozen networks once more
