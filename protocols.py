@@ -152,7 +152,7 @@ class Run:
         where = "folds.csv" if listed else "images"  # what the folds are made of
         print(f"{args.method}, {args.backbone} ({args.loaded}), {args.protocol}, {args.device},"
               f" images {self.info['images']}, folds {self.info['folds']} ({where})")  # fmt: skip
-        self.folds, self.header_printed = [], False
+        self.folds, self.header_printed, self.first = [], False, rank == 0
         for fold in self.asked[rank::world]:  # under torchrun, rank r of w takes every w-th fold
             saved = read_fold(self.folder, self.info, fold)
             if saved is None:
@@ -223,10 +223,11 @@ class Run:
         Only if all that were asked for are there. Under torchrun the process that finds the last one done prints; the
         first, if all were there before.
         """
+        if not (self.folds or self.first):
+            return
         names, lead, count = list(self.info["counts"]), self.info["merges"][0], self.info["fold_count"]
         folds = {fold: saved for fold in range(count) if (saved := read_fold(self.folder, self.info, fold))}
-        idle = not self.folds and os.environ.get("RANK", "0") != "0"
-        if idle or not set(self.asked) <= set(folds):
+        if not set(self.asked) <= set(folds):
             return
 
         def row(label, *cells):

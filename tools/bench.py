@@ -309,7 +309,9 @@ def accuracies(device):
 class Watched(list):
     """Batches of a training loop; while it runs, every wait for CUDA is a warning. `steps` gets one entry per step."""
 
-    steps = []
+    def __init__(self, batches, steps):
+        super().__init__(batches)
+        self.steps = steps
 
     def __iter__(self):
         torch.cuda.set_sync_debug_mode("warn")
@@ -323,8 +325,7 @@ class Watched(list):
 
 def watched(script, device, *flags):
     """Seconds of all sessions; on CUDA also the tensors' peak in MiB, and lines that wait for CUDA in its steps."""
-    cuda, waits, draw = device == "cuda", collections.defaultdict(set), common.batches
-    steps = Watched.steps = []
+    cuda, steps, waits, draw = device == "cuda", [], collections.defaultdict(set), common.batches
 
     def note(message, category, filename, line, *others):
         """Of a warning: in which step it came, and at which line of ours (a backward pass warns inside of torch)."""
@@ -337,7 +338,7 @@ def watched(script, device, *flags):
     gc.collect()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    batches = lambda *inputs: Watched(draw(*inputs)) if cuda else draw(*inputs)  # noqa: E731
+    batches = lambda *inputs: Watched(draw(*inputs), steps) if cuda else draw(*inputs)  # noqa: E731
     with (mock.patch.object(common, "batches", batches), mock.patch.object(data, "synthetic", copies),
           warnings.catch_warnings(), mock.patch.object(warnings, "showwarning", note)):  # fmt: skip
         warnings.simplefilter("always")

@@ -947,20 +947,15 @@ def test_mistakes_end_with_one_line(tmp_path, call):
 
 
 @pytest.fixture
-def gpu_bench(monkeypatch, capsys):
-    """gpu_bench(scripts, *parts): what `bench --gpu --device cpu` prints for these scripts, and its last word."""
+def gpu_bench(call, monkeypatch):
+    """gpu_bench(scripts, *parts): what `bench --gpu --device cpu` prints for these scripts, and its error."""
 
-    def call(scripts, *parts):
+    def run(scripts, *parts):
         monkeypatch.setattr(bench, "SCRIPTS", scripts)
         monkeypatch.setattr(bench, "ON_ALL", scripts[:1])
-        monkeypatch.setattr(sys, "argv", ["bench", "--gpu", "--device", "cpu", "--parts", *parts])
-        try:
-            bench.main()
-        except SystemExit as stop:
-            return capsys.readouterr().out, stop.code
-        return capsys.readouterr().out, None
+        return call(bench, "--gpu", "--device", "cpu", "--parts", *parts)
 
-    return call
+    return run
 
 
 def test_bench_gpu_tried_on_the_cpu(gpu_bench, monkeypatch):
@@ -976,12 +971,12 @@ def test_bench_gpu_tried_on_the_cpu(gpu_bench, monkeypatch):
     assert all(0 <= float(line[2]) < 60 for line in rows)
     assert len(lines[-1]) == 4 and all(float(cell) > 0 for cell in lines[-1])  # the ridge's sessions
     assert out.count("failed: nowhere: ModuleNotFoundError: No module named 'nowhere'\n") == 1
-    assert stop == "error: 2 failed: nowhere, nowhere --backbone vit"
+    assert stop == "error: 2 failed: nowhere, nowhere --backbone vit\n"
 
     monkeypatch.setattr(os, "cpu_count", lambda: 1)  # one after the other: the second is the first
     monkeypatch.setattr(bench, "torchrun", functools.cache(bench.torchrun))
     out, stop = gpu_bench(["controls.pixels"], "accuracies")
-    assert stop is None and re.search(r"\n\| controls.pixels \| (\d\d\.\d\d) \| \1 \| \+0.00 \|  \|\n$", out)
+    assert not stop and re.search(r"\n\| controls.pixels \| (\d\d\.\d\d) \| \1 \| \+0.00 \|  \|\n$", out)
     assert bench.rate("vit", "cpu") > 0
 
 
