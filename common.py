@@ -8,17 +8,18 @@ import contextlib
 import copy
 import hashlib
 import logging
-import math
 import os
 import sys
+import time
 
 import torch
 from tqdm import tqdm
 
 import data
+import protocols
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-CHECKPOINTS = {  # the exact ImageNet checkpoints of the released benchmark, as timm names them
+CHECKPOINTS = {  # the ImageNet checkpoints of the released benchmark, as timm names them
     "vit": "vit_base_patch16_224.augreg_in21k_ft_in1k",
     "swin": "swinv2_tiny_window8_256.ms_in1k",
     "resnet": "resnet152.a1_in1k",
@@ -31,6 +32,14 @@ TINY = {  # the tiny preset's networks, 0.55 to 0.7 million parameters: a timm m
     "resnet": ("resnet18", dict(layers=(1, 1, 1, 1), channels=(24, 48, 96, 192))),
 }  # fmt: skip
 
+# When the code that runs was read: at the start of the process, which Linux tells; else when this file was imported.
+LOADED = time.time()
+with contextlib.suppress(OSError, AttributeError):
+    if not hasattr(sys, "ps1"):  # in a notebook the process is older than the code
+        with open("/proc/self/stat", encoding="utf-8") as file:
+            ticks = 1 + int(file.read().rpartition(")")[2].split()[19])  # rounded up
+        LOADED += ticks / os.sysconf("SC_CLK_TCK") - time.clock_gettime(time.CLOCK_BOOTTIME)
+
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 def parser(description):
@@ -41,18 +50,21 @@ def parser(description):
 
 
 def parse(description, settings):
-    """The command line of a script: what all scripts share, and a flag for every row of its `settings`.
+    """The command line of the calling script: what all scripts share, and a flag for each of its `settings`.
 
-    settings  {name: (value in the paper preset, value in the tiny preset)}
-    Returns what was typed, checked, with every setting's value and a torch.device, and besides: .method, the script's
-    name; .changed, {name: value} of what differs from the preset; .loaded, which weights (make_backbone fills it in).
+    settings  {name: (value in the paper preset, value in the tiny preset)}: int, float, bool or str
+    Returns what was typed, checked, with every setting's value and a torch.device, and .method, the script's name;
+    .code, hashes of its files; .changed, {name: value} of what differs from the preset; .loaded, which weights.
     """
+    script = sys._getframe(1).f_code.co_filename
+    if not os.path.isfile(script):
+        sys.exit("error: main() stands in no file; results are kept by their code, so write it to a file and import it")
     p = parser(description)
     p.add_argument("--backbone", default="vit", help="vit, swin, resnet or any timm model id (default: vit)")
     p.add_argument("--protocol", default="ilcv", choices=("ilcv", "slcv", "loso"), help="folds (default: ilcv)")
     p.add_argument("--data", metavar="PATH", help="processed folder (default: the synthetic stream)")
     which = f"in this order, of {', '.join(data.DATASETS)} (default: {' '.join(data.STREAM)})"
-    p.add_argument("--sessions", nargs="+", default=data.STREAM, metavar="NAME", help=which)
+    p.add_argument("--sessions", nargs="+", default=data.STREAM, choices=data.DATASETS, metavar="NAME", help=which)
     p.add_argument("--preset", choices=("paper", "tiny"), help="settings (default: paper with --data, tiny without)")
     p.add_argument("--weights", metavar="PATH", help="weight file, or none for random (default: the preset's)")
     p.add_argument("--folds", nargs="+", type=int, metavar="I", help="only these folds, counted from 0 (default: all)")
@@ -60,62 +72,73 @@ def parse(description, settings):
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
     p.add_argument("--out", default="results", metavar="DIR", help="a run's folder is made below it (default: results)")
     for name, (paper, tiny) in settings.items():
-        help_ = f"(default: paper {paper}, tiny {tiny})"
-        p.add_argument("--" + name.replace("_", "-"), type=type(paper), metavar="X", help=help_)
+        kind = {"type": type(paper), "metavar": "X"}
+        if isinstance(paper, bool):
+            kind = {"action": argparse.BooleanOptionalAction}  # --name and --no-name
+        p.add_argument(f"--{name.replace('_', '-')}", help=f"(default: paper {paper}, tiny {tiny})", **kind)
     args = p.parse_args()
 
-    args.method, args.loaded = os.path.splitext(os.path.basename(sys.argv[0]))[0], "no network"
+    args.method, args.loaded = os.path.splitext(os.path.basename(script))[0], "no network"
+    args.code = protocols.code_of(os.path.realpath(script), LOADED)
     args.preset = args.preset or ("tiny" if args.data is None else "paper")
     args.changed = {} if args.weights is None else {"weights": os.path.basename(args.weights)}
     for name, (paper, tiny) in settings.items():
-        default = tiny if args.preset == "tiny" else paper
-        value = default if getattr(args, name) is None else getattr(args, name)
-        least = {"epochs": 0, "batch": 2, "lr": 1e-12}.get(name.split("_")[0], isinstance(value, int))
-        if not least <= value < math.inf:
+        default, value = tiny if args.preset == "tiny" else paper, getattr(args, name)
+        if value is None:
+            setattr(args, name, default)
+        elif value != default:
+            args.changed[name] = value
+        zero = isinstance(paper, float) or 0 in (paper, tiny) or name.startswith("epochs")
+        least = {"batch": 2, "lr": 1e-12}.get(name, 0 if zero else 1)  # BatchNorm needs two images
+        if not isinstance(value, (str, bool, type(None))) and not least <= value < float("inf"):
             sys.exit(f"error: --{name.replace('_', '-')} {value}: must be finite and at least {least:g}")
-        setattr(args, name, value)
-        args.changed |= {name: value} if value != default else {}
-    for name in args.sessions:
-        if name not in data.DATASETS or args.sessions.count(name) > 1:
-            sys.exit(f"error: --sessions {name}: each must be one of {', '.join(data.DATASETS)}, named once")
+    if len(set(args.sessions)) < len(args.sessions):
+        sys.exit(f"error: --sessions {' '.join(args.sessions)}: one is named twice")
     if args.data is not None and not os.path.isdir(args.data):  # before a checkpoint is downloaded for it
         sys.exit(f"error: --data {args.data!r}: no such folder")
-    if not args.out:
-        sys.exit("error: --out '': no such folder")
-    if not 0 <= args.seed < 2**32:
-        sys.exit(f"error: --seed {args.seed}: must be at least 0 and less than 2**32")
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        if name == "cuda" and os.environ.get("LOCAL_RANK"):  # under torchrun (see protocols.Run)
-            name = f"cuda:{int(os.environ['LOCAL_RANK']) % max(1, torch.cuda.device_count())}"
-        args.device = torch.zeros(1, device=name).device
-    except Exception as error:  # torch raises a different type for every way in which a device can be missing
-        sys.exit(f"error: --device {name}: {str(error).splitlines()[0]}")
-    if args.preset == "tiny" and args.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # a second one gains a quarter, and loses much when other programs run
-    # Training on CUDA is in bfloat16 (autocast); everything else is in full float32, and the same in every run. A timm
-    # model that CUDA cannot train so stops with torch's own words. (mps lacks a deterministic max pooling.)
-    torch.backends.cudnn.allow_tf32 = False
-    torch.use_deterministic_algorithms(True, warn_only=args.device.type == "mps")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # else every torch.empty is filled first
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS's products may differ
+    args.device = set_up(args.device, args.preset)
     return args
 
 
-# ---- backbones -------------------------------------------------------------------------------------------------------
-def create(args, size=None):
-    """The network of args.backbone and args.preset, with random weights, on the CPU: what make_backbone describes.
+def set_up(name, preset):
+    """The torch.device `name` (None: cuda where there is one, else cpu), in full float32 and deterministic."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if name == "cuda" and os.environ.get("LOCAL_RANK"):  # under torchrun (see protocols.Run)
+            name = f"cuda:{int(os.environ['LOCAL_RANK']) % max(1, torch.cuda.device_count())}"
+        device = torch.zeros(1, device=name).device
+    except Exception as error:  # torch raises a different type for every way in which a device can be missing
+        sys.exit(f"error: --device {name}: {str(error).splitlines()[0]}")
+    if preset == "tiny" and device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # a second one gains a quarter, and loses much when other programs run
+    torch.backends.cudnn.allow_tf32 = False
+    torch.use_deterministic_algorithms(True, warn_only=device.type == "mps")  # which lacks a max pooling
+    torch.utils.deterministic.fill_uninitialized_memory = False  # else every torch.empty is filled first
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS's products may differ
+    return device
 
-    timm with num_classes=0 gives the class token after the last norm (ViT) or the pooled features (Swin, ResNet).
-    size  the images' side in pixels, where it is not the model's own
+
+# ---- backbones -------------------------------------------------------------------------------------------------------
+def make_backbone(args, parts=None, size=None):
+    """The pretrained backbone, in eval mode, on the device: images (B, 3, S, S) -> features (B, d).
+
+    It carries what its images must be (.image_size S; .mean, .std, 3 floats each) and .num_features d.
+    parts  (network, x) -> (B, d) puts it together from its parts; where that is not network(x), it is refused
+    size   S, where it is neither the model's own nor told by its weight file
     """
     import timm  # here, since it takes seconds: --help and mistakes come at once
 
-    name, smaller = CHECKPOINTS.get(args.backbone, args.backbone), {}
+    name, smaller, weights = CHECKPOINTS.get(args.backbone, args.backbone), {}, args.weights
     if args.preset == "tiny":
         if args.backbone not in TINY:
             sys.exit(f"error: --backbone {args.backbone}: --preset tiny has {', '.join(TINY)}; take --preset paper")
         name, smaller = TINY[args.backbone]
+        weights = os.path.join(HERE, "tiny", f"{args.backbone}.pt") if weights is None else weights
+    if weights not in (None, "none"):
+        if not os.path.isfile(weights):
+            sys.exit(f"error: {weights!r}: no such weight file; --weights none starts from random weights")
+        with contextlib.suppress(Exception):  # only files of tools.pretrain tell; what is no weight file is seen below
+            size = torch.load(weights, weights_only=True, map_location="cpu")["made"]["size"]
     torch.manual_seed(args.seed)  # for --weights none
     try:
         network = timm.create_model(name, num_classes=0, **smaller)
@@ -124,36 +147,13 @@ def create(args, size=None):
             size, config = TINY_SIZE, config | {"mean": (0.5,) * 3, "std": (0.5,) * 3}
         elif size not in (None, config["input_size"][-1]) and network.pretrained_cfg.get("fixed_input_size"):
             network = timm.create_model(name, num_classes=0, img_size=size)
-        network.image_size, network.mean, network.std = size or config["input_size"][-1], config["mean"], config["std"]
-        features = extract(network.eval(), torch.zeros(2, 3, network.image_size, network.image_size))
+        size = size or config["input_size"][-1]
+        network.image_size, network.mean, network.std = size, config["mean"], config["std"]
+        # The width is measured: timm's own number means different things in its families.
+        _, network.num_features = extract(network.eval(), torch.zeros(2, 3, size, size)).shape
     except Exception:  # timm raises a different type for every way in which a name can be wrong
-        fit = f" that takes {size} pixels" if size else ""
-        sys.exit(f"error: --backbone {args.backbone}: must be vit, swin, resnet or a timm model id{fit}")
-    if features.ndim != 2:
-        sys.exit(f"error: --backbone {args.backbone}: gives {tuple(features.shape)}, not one feature vector per image")
-    network.num_features = features.shape[1]  # measured: timm's own width means different things in its families
-    return network
-
-
-def make_backbone(args, parts=None):
-    """The pretrained backbone, in eval mode, on the device: images (B, 3, S, S) -> features (B, d).
-
-    It carries what its images must be (.image_size S; .mean, .std, 3 floats each) and .num_features d. parts(network,
-    x), if given, puts the network together from its parts, as the prompt methods do; where that is not what network(x)
-    gives, the network is refused. Ends with one line on this, on an unknown backbone, and on weights that cannot be
-    downloaded or read, or do not match.
-    """
-    import timm
-
-    name, weights, size = CHECKPOINTS.get(args.backbone, args.backbone), args.weights, None
-    if args.preset == "tiny" and args.backbone in TINY and weights is None:
-        weights = os.path.join(HERE, "tiny", f"{args.backbone}.pt")
-    if weights not in (None, "none"):
-        if not os.path.isfile(weights):
-            sys.exit(f"error: {weights!r}: no such weight file; --weights none starts from random weights")
-        with contextlib.suppress(Exception):  # only files of tiny.pretrain say so; what is no weight file is seen below
-            size = torch.load(weights, weights_only=True, map_location="cpu")["made"]["size"]
-    network = create(args, size)
+        what = f"a timm model id that gives one vector for an image of {size or 'its'} pixels"
+        sys.exit(f"error: --backbone {args.backbone}: must be vit, swin, resnet or {what}")
     if parts and not _same(network, parts):  # tried before anything is downloaded
         sys.exit(f"error: --backbone {args.backbone}: {args.method} needs a plain ViT with a class token, such as vit")
     try:
@@ -170,8 +170,7 @@ def make_backbone(args, parts=None):
         advice = "" if weights else "; pass a file with --weights PATH, or take --weights none or --preset tiny"
         sys.exit(f"error: {weights or name}: cannot be loaded into this backbone ({reason}){advice}")
     digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in network.state_dict().values())).hexdigest()
-    pixels = f"{size} px, " if size else ""
-    args.loaded = f"{os.path.basename(weights or name)}, {pixels}sha256 {digest[:12]}"
+    args.loaded = f"{os.path.basename(weights or name)}, {network.image_size} px, sha256 {digest[:12]}"
     return network.to(args.device, memory_format=torch.channels_last)  # convolutions run faster in it
 
 
@@ -194,8 +193,8 @@ def batches(count, size, epochs, device):
 
     Drawn on the CPU: the order is the same on every device. A last batch of one is dropped, since BatchNorm needs two.
     """
-    drawn = [torch.randperm(count).to(device) for _ in range(epochs)]
-    return data.progress([b for order in drawn for b in order.split(size) if len(b) > 1], "training")
+    orders = [torch.randperm(count).to(device) for _ in range(epochs)]
+    return data.progress([batch for order in orders for batch in order.split(size) if len(batch) > 1], "training")
 
 
 def autocast(args):
@@ -205,10 +204,8 @@ def autocast(args):
 
 @torch.no_grad()
 def extract(network, images, *others, size=256):
-    """network(images, *others) for all N images, `size` at a time, without gradients and without autocast: (N, ...).
-
-    `others` are tensors (N, ...) that go along. Whoever calls it has set the network to eval mode.
-    """
+    """network(images, *others) for all N images, `size` at a time, in float32 and without gradients: (N, ...).
+    `others` are tensors (N, ...) that go along. The network is in eval mode already."""
     parts = list(zip(images.split(size), *(other.split(size) for other in others)))
     return torch.cat([network(*part).float() for part in data.progress(parts, "features")])
 

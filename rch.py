@@ -1,30 +1,23 @@
-"""The Remappable Classification Head (RCH): the idea of the benchmark paper (arXiv 2501.19111, section 3.4, eq. 3, 4).
+"""The Remappable Classification Head (RCH): the idea of the benchmark paper (arXiv 2501.19111, section 3.4).
 
 Datasets share emotions: "happiness" comes in all four sessions, each time in another domain. RCH gives every session
-its own ROWS, one per (session, emotion) pair, redundant on purpose: 5 + 5 + 6 + 7 = 23 rows for 9 emotions. (A row of
-the head's weights; its scores are a column of the score matrix.) Training only ever sees rows. Emotions appear when a
-prediction is made, by merging the rows that mean the same. With x the features and H_t^c the weights of emotion c's
-row in session t:
+its own ROWS of the head's weights, one per (session, emotion) pair, redundant on purpose: 5 + 5 + 6 + 7 = 23 rows for 9
+emotions. Training only ever sees rows. Emotions appear when a prediction is made, by merging the rows that mean the
+same. With x the features and H_t^c the weights of emotion c's row in session t:
 
     eq. 3   H_final^c = sum over the sessions t that contain emotion c of H_t^c
     eq. 4   p(c | x) = softmax(x^T H_final)_c
 
-For a linear head the sum of weights is the sum of scores, x^T (H_1^c + H_3^c) = x^T H_1^c + x^T H_3^c, so all that RCH
-does is one matrix product of the row scores (B, R) with a 0/1 matrix (R, E). The softmax of eq. 4 changes no argmax.
+For a linear head the sum of weights is the sum of scores, so all that RCH does is one product of the row scores (B, R)
+with a 0/1 matrix (R, E). The softmax of eq. 4 changes no argmax.
 
-Why the sum needs care. An emotion seen in four sessions is a sum of four scores, one seen once is a single score, so
-whatever is added to every row counts four times against once. Two things shift rows like this:
+The sum needs care: an emotion seen in four sessions is a sum of four scores, one seen once is a single score, so
+whatever is added to every row counts four times against once. Rows may be summed where a score of 0 means "no evidence
+for this row", as in RanPAC (regressions onto 0 and 1; see ranpac.py). Cross-entropy fixes only differences of scores.
+Within a session's own rows (Finetune, L2P, DualPrompt) it leaves a constant free per session. Over all rows (DER,
+FOSTER) it pushes old rows down, which get no sample any more: emotions with the most old rows lose most. So compare:
 
-    a constant   Cross-entropy fixes only differences: add 7 to all scores of a sample and the loss is the same, but one
-                 emotion gets 28 and another 7. A loss within a session's rows (Finetune, L2P, DualPrompt) leaves one
-                 such constant free per session. Nothing pushes it; how far it drifts is left to the training.
-    a push       A loss over all rows (DER, FOSTER) says to old rows only "not this one", for they get no sample any
-                 more. It drives them down, all of them, and the emotions with the most old rows lose the most.
-
-RanPAC's rows are regressions onto 0 and 1. Nothing is free there, and the sum is exact: it is the classifier that one
-gets by merging the labels before training (see ranpac.py). For the others compare
-
-    sum        eq. 3, as the paper has it
+    sum        eq. 3
     prob       not eq. 4: softmax over the rows first, then the sum; a constant common to all rows cancels
     centered   first subtract each session's mean row score, then sum: a constant per session cancels
     max        the best row decides: what the released code does
@@ -40,10 +33,9 @@ WAYS = ("sum", "prob", "centered", "max")
 class RCH:
     """The rows so far: which emotion and which session each one stands for.
 
-    emotions     list of E words in order of first appearance
-    row_emotion  (R,) int, index into emotions
-    row_session  (R,) int, 0 for the first session
-    sessions     how many so far
+    .emotions     list of E words in order of first appearance
+    .row_emotion  (R,) int, index into emotions
+    .row_session  (R,) int, 0 for the first session
     """
 
     def __init__(self):
@@ -55,16 +47,16 @@ class RCH:
         """Add one row per word of `emotions`, as the next session; returns the slice of the new rows."""
         first = len(self.row_emotion)
         self.emotions += [word for word in emotions if word not in self.emotions]
-        new = [self.emotions.index(word) for word in emotions]
-        self.row_emotion = np.append(self.row_emotion, new).astype(int)  # appending an empty list would make it float
-        self.row_session = np.append(self.row_session, [self.sessions] * len(emotions)).astype(int)
+        added = np.array([self.emotions.index(word) for word in emotions], int)
+        self.row_emotion = np.append(self.row_emotion, added)
+        self.row_session = np.append(self.row_session, np.full(len(added), self.sessions))
         self.sessions += 1
         return slice(first, len(self.row_emotion))
 
     def targets(self, words):
-        """Training targets: for N emotion words, one per sample, the index (N,) int of each one's newest row."""
-        row = {self.emotions[e]: r for r, e in enumerate(self.row_emotion)}  # a later row replaces an earlier one
-        return np.array([row[word] for word in words], int)
+        """Training targets of N samples: for each one's emotion the index of its newest row, (N,) int."""
+        newest = {self.emotions[e]: row for row, e in enumerate(self.row_emotion)}
+        return np.array([newest[word] for word in words], int)
 
 
 def remap(row_scores, row_emotion, row_session, how="sum"):
@@ -73,7 +65,7 @@ def remap(row_scores, row_emotion, row_session, how="sum"):
     row_emotion (R,) and row_session (R,) are RCH's. `prob` gives probabilities, the others scores.
     """
     assert row_scores.shape[1:] == row_emotion.shape == row_session.shape
-    merge = (row_emotion[:, None] == np.arange(row_emotion.max() + 1)).astype(row_scores.dtype)  # (R, E), 0 or 1
+    merge = (row_emotion[:, None] == np.arange(row_emotion.max() + 1)).astype(row_scores.dtype)  # (R, E)
     if how == "sum":
         return row_scores @ merge
     if how == "prob":
@@ -82,9 +74,9 @@ def remap(row_scores, row_emotion, row_session, how="sum"):
     if how == "centered":
         centered = row_scores.copy()
         for session in np.unique(row_session):
-            rows = row_session == session
-            centered[:, rows] -= row_scores[:, rows].mean(1, keepdims=True)
+            own = row_session == session
+            centered[:, own] -= row_scores[:, own].mean(1, keepdims=True)
         return centered @ merge
     if how == "max":
         return np.where(merge > 0, row_scores[:, :, None], -np.inf).max(1)  # (B, R, E) -> (B, E)
-    raise ValueError(f"how is {how!r}, not sum, prob, centered or max")
+    raise ValueError(f"how is {how!r}, not one of {', '.join(WAYS)}")

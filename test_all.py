@@ -18,6 +18,7 @@ import hashlib
 import importlib
 import io
 import itertools
+import json
 import os
 import re
 import runpy
@@ -28,6 +29,9 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
+import types
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -40,7 +44,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 import data
@@ -48,6 +51,7 @@ import protocols
 import ranpac
 import rch
 
+# fmt: off
 HERE = os.path.dirname(os.path.abspath(__file__))
 os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": HERE, "HF_HUB_OFFLINE": "1"}
 os.environ.pop("PYTHONUNBUFFERED", None)
@@ -76,14 +80,21 @@ SETTINGS = {  # (paper preset, tiny preset): the benchmark's paper, and what it 
     "l2p": PROMPT | dict(pool=(10, 10), chosen=(5, 5), pull=(0.1, 0.1)), "dualprompt": PROMPT,
     "ranpac": TRAIN_ONCE | dict(projected=(10_000, 2_000)), "controls.pixels": dict(projected=(10_000, 2_000)),
     "controls.linear": dict(epochs_first=(60, 10), epochs_next=(10, 3), batch=(16, 16), lr=(1e-3, 1e-2)),
-}  # fmt: skip
-GOLDEN = {  # accuracy of the first merge after each session, as BRIEF, one thread; made by `python test_all.py`
-    "finetune": [74.0, 42.3, 43.1, 33.3], "der": [70.0, 35.9, 49.6, 25.2], "foster": [70.0, 51.3, 46.7, 29.1],
-    "l2p": [54.0, 37.2, 52.6, 50.2], "dualprompt": [62.0, 39.7, 58.4, 51.5], "ranpac": [68.0, 52.6, 64.2, 54.7],
-    "controls.joint": [74.0, 48.7, 69.3, 58.9], "controls.norch": [74.0, 24.4, 54.0, 54.7],
-    "controls.linear": [66.0, 47.4, 61.3, 52.4], "controls.pixels": [70.0, 60.3, 70.8, 57.9],
-}  # fmt: skip
-
+}
+GOLDEN = {  # what `fingerprint` gives, as BRIEF, one thread; made by `python test_all.py`
+    "finetune": [74.0, 42.308, 43.066, 33.333, 34.304, 33.333, 36.57, 11.589, 0.092, 0.558],
+    "der": [70.0, 35.897, 49.635, 25.243, 37.54, 41.1, 34.304, 10.494, -0.676, 1.579],
+    "foster": [70.0, 51.282, 46.715, 29.126, 28.155, 32.039, 28.155, 8.312, -0.219, 1.202],
+    "l2p": [54.0, 37.179, 52.555, 50.162, 49.515, 49.515, 52.751, 27.832, -0.096, 0.756],
+    "dualprompt": [62.0, 39.744, 58.394, 51.456, 53.074, 52.751, 53.074, 25.16, -0.101, 0.982],
+    "ranpac": [68.0, 52.564, 64.234, 54.693, 41.424, 54.693, 54.693, 34.402, 0.043, 0.099],
+    "controls.joint": [74.0, 48.718, 69.343, 58.9, 58.9, 56.958, 58.9, 36.632, -0.059, 1.35],
+    "controls.norch": [74.0, 24.359, 54.015, 54.693, 54.693, 54.369, 54.693, 31.877, 0.039, 0.856],
+    "controls.linear": [66.0, 47.436, 61.314, 52.427, 52.751, 52.104, 53.074, 30.778, -0.112, 1.32],
+    "controls.pixels": [70.0, 60.256, 70.803, 57.929, 40.129, 56.634, 58.252, 38.748, 0.043, 0.096],
+}
+# Two samples' worth. On one machine with other instruction sets (SSE4 to AVX-512) no number differed by more than 0.4.
+SLACK = np.array([4, 2.6, 1.5, 0.7, 0.7, 0.7, 0.7, 2, 0.01, 0.01])
 
 # ---- to start a script -----------------------------------------------------------------------------------------------
 @pytest.fixture(autouse=True)
@@ -94,8 +105,6 @@ def in_an_empty_folder(tmp_path, monkeypatch):
     while STARTED:
         STARTED.pop().kill()  # whatever a failed test left running
 
-
-# fmt: off
 def path_of(script):
     return script if script.endswith(".py") else os.path.join(HERE, script.replace(".", os.sep) + ".py")
 
@@ -107,7 +116,8 @@ def start(script, *flags, patches=()):
     """What `python script flags` does, in this process: (status, screen, errors)."""
     screen, errors, status = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(screen), contextlib.redirect_stderr(errors):
-        for thing, name, value in [(sys, "argv", [path_of(script), *flags]), *patches]:
+        loaded = (common, "LOADED", time.time())  # the script is read now, not when the tests began
+        for thing, name, value in [(sys, "argv", ["", *flags]), loaded, *patches]:
             patch.setattr(thing, name, value)
         try:
             runpy.run_path(path_of(script), run_name="__main__")
@@ -168,11 +178,11 @@ def tensors(local):
     """Every parameter and buffer of the networks in main: {id: (name, copy, whether a parameter, itself)}."""
     return {id(tensor): (f"{name}.{key}", tensor.detach().clone(), isinstance(tensor, nn.Parameter), tensor)
             for name, module in networks(local).items()
-            for key, tensor in [*module.named_parameters(), *module.named_buffers()]}  # fmt: skip
+            for key, tensor in [*module.named_parameters(), *module.named_buffers()]}
 
-def copied(local):
-    """main's local variables with copies of its networks, to look at later."""
-    memo, whole = {}, {name.split(".")[0] for name in networks(local)}
+def copied(local, memo=None):
+    """main's local variables with copies of its networks, to look at later; memo gets {id: its copy}."""
+    memo, whole = {} if memo is None else memo, {name.split(".")[0] for name in networks(local)}
     kept = {name: list(value) if type(value) is list else value for name, value in local.items()}
     return {name: copy.deepcopy(value, memo) if name in whole else value for name, value in kept.items()}
 
@@ -185,9 +195,9 @@ def main_locals():
 
 @functools.cache
 def trace(script, backbone="vit"):
-    """What main() did: .sessions, one log each, .accuracies, .trains. Small sessions unless vit."""
-    log, passes = argparse.Namespace(sessions=[]), {True: 0, False: 0}
-    arriving, record, make = protocols.Run.stream, protocols.Run.record, common.make_backbone
+    """What main() did: .sessions, one log each, .fold, its file, .screen, .trains. Small sessions unless vit."""
+    log, extract = argparse.Namespace(sessions=[]), common.extract
+    arriving, record = protocols.Run.stream, protocols.Run.record
 
     def note_arrival(run, fold):
         for arrival in arriving(run, fold):
@@ -197,8 +207,13 @@ def trace(script, backbone="vit"):
     def note_record(run, fold, t, rows, scores, **others):
         local, now = main_locals(), log.sessions[-1]
         now.after, now.end, now.scores, now.others = tensors(local), copied(local), scores.clone(), others
-        now.passes = dict(passes)
         record(run, fold, t, rows, scores, **others)
+
+    def in_eval_mode(network, *words, **flags):
+        parts = (network, getattr(network, "func", None), *getattr(network, "args", ()))  # of a functools.partial
+        backbones = [part for part in parts if hasattr(part, "pretrained_cfg")]  # networks of timm
+        assert not any(module.training for part in backbones for module in part.modules())
+        return extract(network, *words, **flags)
 
     def spied(kind):
         class Spied(getattr(torch.optim, kind)):
@@ -210,37 +225,40 @@ def trace(script, backbone="vit"):
                 named = TRAINED[script](local) if script in TRAINED else []
                 expected = {id(p) for m in named for p in ([m] if isinstance(m, nn.Parameter) else m.parameters())}
                 self.log = argparse.Namespace(kind=kind, flags=flags, busy=busy, start=start, expected=expected,
-                                              steps=[], first=None, lrs=[], norms=[])  # fmt: skip
+                                              steps=[], first=None, lrs=[], norms=[])
                 log.sessions[-1].optimizers.append(self.log)
 
             def step(self):
-                local, parameters = main_locals(), (p for group in self.param_groups for p in group["params"])
+                local, parameters = main_locals(), [p for group in self.param_groups for p in group["params"]]
                 self.log.first = self.log.first or copied(local)
                 self.log.steps.append((local["batch"].clone(), local["loss"].item()))
-                norms = [p.grad.norm() for p in parameters if p.grad is not None]
-                self.log.norms.append(torch.stack(norms).norm().item())
+                grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+                self.log.norms.append(torch.cat([grad.flatten() for grad in grads]).norm().item())
                 self.log.lrs.append(self.param_groups[0]["lr"])
+                if len(self.log.steps) == len(local["batches"]):  # the last one, for an autograd of our own
+                    self.log.last, self.log.grads = copied(local, memo := {}), [grad.clone() for grad in grads]
+                    self.log.trained = [memo.get(id(p)) for p in parameters]
                 super().step()
         return Spied
 
-    def counting(args, **flags):
-        def count(module, inputs):
-            passes[torch.is_grad_enabled()] += len(inputs[0])
-        network = make(args, **flags)
-        if backbone == "vit":  # copies keep the hook; the prompt methods call the blocks themselves
-            network.blocks[0].norm1.register_forward_pre_hook(count)
-        return network
-
     whole = lambda size, sessions: [copy.copy(s) for s in whole_stream()]  # noqa: E731
     patches = [(protocols.Run, "stream", note_arrival), (protocols.Run, "record", note_record),
-               (common, "make_backbone", counting), (data, "synthetic", whole if backbone == "vit" else made_up),
-               *((torch.optim, kind, spied(kind)) for kind in ("AdamW", "Adam"))]  # fmt: skip
+               (common, "extract", in_eval_mode), (data, "synthetic", whole if backbone == "vit" else made_up),
+               *((torch.optim, kind, spied(kind)) for kind in ("AdamW", "Adam"))]
     with tempfile.TemporaryDirectory() as out:
-        works(script, "--backbone", backbone, "--folds", "0", *brief(script), "--out", out, patches=patches)
-        ((_, fold),) = folds_in(out).items()
-    log.accuracies = [100 * protocols.accuracy(*protocols.outcome(fold, t)[:2]) for t in range(4)]
+        flags = ["--backbone", backbone, "--folds", "0", *brief(script), "--out", out]
+        log.screen = works(script, *flags, patches=patches)
+        ((_, log.fold),) = folds_in(out).items()
     log.trains = any(session.optimizers for session in log.sessions)
     return log
+
+def fingerprint(script):
+    """Accuracy after S1 to S4; after S4 by prob, centered, max, and UF1, all in %; mean and deviation of the scores."""
+    fold = trace(script).fold
+    shares = [protocols.accuracy(*protocols.outcome(fold, t)[:2]) for t in range(4)]
+    shares += [protocols.accuracy(*protocols.outcome(fold, 3, how)[:2]) for how in rch.WAYS[1:]]
+    shares.append(protocols.uf1(*protocols.outcome(fold, 3)[:2]))
+    return np.array([*(100 * share for share in shares), fold["scores_3"].mean(), fold["scores_3"].std()])
 
 @functools.cache
 def part_of(t, part):
@@ -249,11 +267,8 @@ def part_of(t, part):
     index = kfold(session.keys)[part]
     pixels = torch.from_numpy(((session.images[index].astype(np.float64) / 255 - 0.5) / 0.5).astype(np.float32))
     return pixels, session.labels[index].tolist()
-# fmt: on
-
 
 # ---- what each script trains, its loss and its scores, written out ---------------------------------------------------
-# fmt: off
 TRAINED = {  # main's local variables -> the networks or parameters in the optimizer
     "finetune": lambda v: [v["backbone"], v["heads"][v["t"]]],
     "der": lambda v: [v["extractors"][v["t"]], v["head"], v["aux_head"]],
@@ -266,17 +281,18 @@ TRAINED = {  # main's local variables -> the networks or parameters in the optim
 }
 
 def ce(logits, index):
-    return F.cross_entropy(logits.double(), torch.tensor(index)).item()
+    return F.cross_entropy(logits.double(), torch.tensor(index))
 
 def kd(scores, teacher):
     """Distillation as FOSTER's paper has it: temperature 2, no factor 4."""
     s, p = ((z.double() / 2).exp() / (z.double() / 2).exp().sum(1, keepdim=True) for z in (teacher, scores))
-    return -(s * p.log()).sum(1).mean().item()
+    return -(s.detach() * p.log()).sum(1).mean()
 
 def slow_block(block, tokens, prefix=None):
     """A timm Block on one sample's tokens (n, d); prefix (2, L, heads, d / heads) or None."""
     qkv = block.attn.qkv(block.norm1(tokens)).view(len(tokens), 3, block.attn.num_heads, -1)
     q, k, v = qkv.permute(1, 2, 0, 3)  # (heads, n, d / heads) each
+    q, k = block.attn.q_norm(q), block.attn.k_norm(k)  # the identity in the tiny ViT
     if prefix is not None:
         k, v = torch.cat([prefix[0].transpose(0, 1), k], 1), torch.cat([prefix[1].transpose(0, 1), v], 1)
     out = (q @ k.mT / q.shape[2] ** 0.5).softmax(2) @ v
@@ -296,8 +312,8 @@ def slow_vit(vit, x, prompts=(), g=None, e=None):
 def slow_l2p(v, x):
     """(features (d,), sum of the cosines of the chosen keys) of one image, which chooses for itself."""
     q = slow_vit(v["vit"], x)[0]
-    cosines = [(torch.dot(q, key) / q.norm() / key.norm()).item() for key in v["pool"].keys]
-    best = sorted(range(10), key=lambda j: -cosines[j])[:5]
+    cosines = [torch.dot(q, key) / q.norm() / key.norm() for key in v["pool"].keys]
+    best = sorted(range(10), key=lambda j: -cosines[j].item())[:5]
     tokens = slow_vit(v["vit"], x, [token for j in best for token in v["pool"].prompts[j]])
     return tokens[1:26].mean(0), sum(cosines[j] for j in best)
 
@@ -311,7 +327,7 @@ def slow_dualprompt(v, x, t=None):
 
 def loss_l2p(v, x, y, t, stage):
     features, pulls = zip(*(slow_l2p(v, image) for image in x))
-    return ce(v["heads"][t](torch.stack(features)), y) - 0.1 * np.mean(pulls)
+    return ce(v["heads"][t](torch.stack(features)), y) - 0.1 * torch.stack(pulls).mean()
 
 def loss_der(v, x, y, t, stage):
     f = [extractor(x) for extractor in v["extractors"]]
@@ -329,7 +345,7 @@ def loss_norch(v, x, y, t, stage):
     own = [SO_FAR[t].index(e) for e in EMOTIONS[NAMES[t]]]  # the rows of the session's emotions, in their order
     return ce(torch.cat([head(v["backbone"](x)) for head in v["heads"]], 1)[:, own], y)
 
-LOSSES = {  # (copies of main's variables before a step, images, index of each emotion in its session, t, stage) -> loss
+LOSSES = {  # (copies of main's variables, images, index of each emotion in its session, t, stage) -> loss
     "finetune": lambda v, x, y, t, stage: ce(v["heads"][t](v["backbone"](x)), y),
     "der": loss_der, "foster": loss_foster, "l2p": loss_l2p, "controls.norch": loss_norch,
     "dualprompt": lambda v, x, y, t, stage: ce(v["heads"][t](torch.stack([slow_dualprompt(v, i, t) for i in x])), y),
@@ -369,8 +385,6 @@ SCORES = {  # (copies of main's variables after a session, one image (3, S, S), 
     "controls.linear": by_heads(lambda v, x: v["pretrained"](x[None])[0]),
     **{script: functools.partial(scores_ridge, script) for script in ("ranpac", "controls.pixels")},
 }
-# fmt: on
-
 
 # ---- what main() did -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -403,9 +417,8 @@ def test_settings_optimizers_and_batches(script):
             assert log.lrs == pytest.approx(expected, rel=1e-6, abs=1e-12)
     assert script not in ("l2p", "dualprompt") or any(norm > 0.99 for log in session.optimizers for norm in log.norms)
 
-
 @pytest.mark.parametrize("case", [*zip(SCRIPTS), *itertools.product([*METHODS[:3], "ranpac", "controls.linear"],
-                                                                    ["swin", "resnet"])])  # fmt: skip
+                                                                    ["swin", "resnet"])])
 def test_only_what_is_trained_changes(case):
     """Each session: what is in no optimizer is bitwise what it was, BatchNorm's buffers too; what is trained moves."""
     for t, session in enumerate(trace(*case).sessions):
@@ -426,44 +439,94 @@ def test_only_what_is_trained_changes(case):
                 if any(isinstance(part, nn.BatchNorm2d) for part in module.modules()):  # what is trained is in train
                     assert any(part.training for part in module.modules()) == (name in log.busy), (t, name)  # mode
 
-
 @pytest.mark.parametrize("script", SCORES)
-def test_losses_and_scores_are_the_papers(script):
-    """The first loss of every optimizer, from the images up: normalising, choice of prompts, rows, every term.
-
-    And row scores of test images, one image at a time: nothing depends on the others in the batch, nor on labels.
-    """
+def test_losses_gradients_and_scores_are_the_papers(script):
+    """Loss and gradient at the last step of every optimizer, from the images up: normalising, choice of prompts, rows,
+    every term. And row scores of test images, one image at a time: nothing depends on the others in the batch."""
     for t, session in enumerate(trace(script).sessions):
         seen, index = ([t], EMOTIONS[NAMES[t]]) if script != "controls.joint" else (range(t + 1), SO_FAR[t])
         images = torch.cat([part_of(s, 0)[0] for s in seen])
         y = [index.index(word) for s in seen for word in part_of(s, 0)[1]]
         for stage, log in enumerate(session.optimizers):
-            batch, loss = log.steps[0]
-            with torch.no_grad():
-                expected = LOSSES[script](log.first, images[batch], [y[i] for i in batch], t, stage)
-            assert loss == pytest.approx(expected, rel=2e-4), (t, stage)
+            batch, loss = log.steps[-1]
+            expected = LOSSES[script](log.last, images[batch], [y[i] for i in batch], t, stage)
+            assert loss == pytest.approx(expected.item(), rel=2e-4), (t, stage)
+            own = torch.autograd.grad(expected, log.trained, allow_unused=True)
+            own = [torch.zeros_like(grad) if mine is None else mine for mine, grad in zip(own, log.grads)]
+            mine, theirs = (torch.cat([grad.flatten() for grad in grads]).double() for grads in (own, log.grads))
+            assert torch.dot(mine, theirs) > 0.999 * mine.norm() * theirs.norm() > 0, (t, stage)
         images = torch.cat([part_of(s, 1)[0] for s in range(t + 1)])
         assert session.scores.shape == (len(images), len(SO_FAR[t]) if script in ONE_ROW else OFFSET[t + 1])
         for i in [*range(0, len(images), 20), len(images) - 1]:
             with torch.no_grad():
                 expected = SCORES[script](session.end, images[i], t)
             assert torch.allclose(session.scores[i].double(), expected.double(), atol=2e-4), (t, i)
-    assert trace(script).accuracies == pytest.approx(GOLDEN[script], abs=4)  # another machine: a few samples differ
+    assert np.all(abs(fingerprint(script) - GOLDEN[script]) <= SLACK), fingerprint(script).round(2).tolist()
 
+@pytest.mark.parametrize("script", ["l2p", "dualprompt"])
+def test_the_table_of_chosen_prompts(script):
+    """In % of a session's test samples: how often each chose each prompt, or whose key."""
+    end, expected = trace(script).sessions[-1].end, []
+    choices = end["index"].reshape(len(end["index"]), -1).tolist()  # per test sample
+    for t in range(4):
+        own = [choices.pop(0) for _ in part_of(t, 1)[1]]
+        width = 10 if script == "l2p" else 4
+        expected.append([100 * np.mean([prompt in chosen for chosen in own]) for prompt in range(width)])
+    table = trace(script).screen.split(" in the folds made now")[1].split("\n\n")[0]
+    found = [re.findall(r"\d+\.\d", re.search(f"^{name} .*", table, re.M).group()) for name in NAMES]
+    assert np.allclose(np.float64(found), expected, atol=0.051) and np.ptp(expected) > 10
+
+def test_prefixes_join_behind_the_normalised_keys():
+    """In a block that normalises keys: the prefix itself is not normalised, and samples are not mixed."""
+    from timm.models.vision_transformer import Block
+
+    block, generator = Block(24, 4, qkv_bias=True, qk_norm=True).eval(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_(generator=generator)
+        x, prefix = torch.randn(3, 5, 24, generator=generator), torch.randn(3, 2, 6, 4, 6, generator=generator)
+        out = importlib.import_module("dualprompt").attend_with_prefix(block, x, prefix)
+        slow = torch.stack([slow_block(block, tokens, own) for tokens, own in zip(x, prefix)])
+    assert torch.allclose(out, slow, atol=1e-4)
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_folds_and_seeds_start_differently(script):
+    """All that is drawn for a trial differs between two folds and two seeds; --weights none between the seeds."""
+    drawn = {}
+
+    def note(run, fold, t, rows, scores, **others):
+        local = main_locals()
+        started = {name: value for name, (name, value, *_) in tensors(local).items()}
+        started |= {name: local[name].clone() for name in ("projection",) if name in local}
+        drawn[local["args"].seed, fold] = started
+        return record(run, fold, t, rows, scores, **others)
+
+    record = protocols.Run.record
+    few = [word for name in importlib.import_module(script).SETTINGS if name.startswith("epochs")
+           for word in ("--" + name.replace("_", "-"), "0")]
+    weights = [] if script == "controls.pixels" else ["--weights", "none"]
+    for seed in "01":
+        works(script, *few, *weights, "--sessions", "samm", "--folds", "0", "1", "--seed", seed,
+              patches=[(data, "synthetic", made_up), (protocols.Run, "record", note)])
+    backbones = ("backbone", "extractors", "student", "old", "vit", "pretrained")
+    for (seed, fold), (other_seed, other_fold) in itertools.combinations(drawn, 2):
+        a, b = drawn[seed, fold], drawn[other_seed, other_fold]
+        for name in a:
+            if a[name].ndim > 1 and not (name.startswith(backbones) and seed == other_seed):
+                assert not torch.equal(a[name], b[name]), (name, seed, other_seed)
+    assert len(drawn) == 4 and max(value.ndim for value in a.values()) > 1
 
 def same(a, b, buffers=True):
     """Whether two networks are bitwise the same. The first forward pass, in train mode, moves BatchNorm's buffers."""
     a, b = ([*network.parameters(), *(network.buffers() if buffers else ())] for network in (a, b))
     return len(a) == len(b) and all(map(torch.equal, a, b))
 
-
 def goes_on(head, old, rows, columns=None):
     """Whether a head's old rows are those of the head before."""
     return torch.equal(head.weight[:rows, :columns], old.weight) and torch.equal(head.bias[:rows], old.bias)
 
-
 @pytest.mark.parametrize("case", [*zip(["dualprompt", "controls.joint", "der", "foster"]),
-                                  ("der", "resnet"), ("foster", "resnet")])  # fmt: skip
+                                  ("der", "resnet"), ("foster", "resnet")])
 def test_what_a_session_starts_from(case):
     """Networks, heads, keys and prompts before their first step, against those that the session before left."""
     sessions = trace(*case).sessions
@@ -494,7 +557,6 @@ def test_what_a_session_starts_from(case):
             expected = session.end["student_head"](session.end["student"](torch.cat(session.end["test_images"])))
             assert torch.allclose(session.others["student"], expected, atol=1e-4)
 
-
 def test_ranpac_chooses_lambda_and_adds_up_as_dense_solves_do():
     generator, ridge, hs, ys = torch.Generator().manual_seed(0), ranpac.LowRankRidge(100), [], []
     assert ranpac.LAMBDAS == [10.0**p for p in range(-8, 9)]
@@ -515,26 +577,6 @@ def test_ranpac_chooses_lambda_and_adds_up_as_dense_solves_do():
         for lam in (1.0, 1e3, 1e8):
             dense = dense_ridge(torch.cat(hs), torch.cat(ys), lam)
             assert (ridge.weights(lam) - dense).norm() < 1e-8 * dense.norm()
-
-
-@pytest.mark.parametrize("script", [*METHODS, "controls.norch", "controls.linear"])
-def test_no_frozen_network_sees_an_image_twice(script):
-    """Images through the ViT in the trial, (with gradients, without), from the method's description alone."""
-    n, m = ([len(part_of(t, part)[1]) for t in range(4)] for part in (0, 1))
-    batch = 16 if script in ("l2p", "dualprompt") else 32  # a last batch of one image is dropped
-    once = [count - (count % batch == 1) for count in n]
-    trained, tested = 2 * once[0] + sum(once[1:]), np.cumsum(m)
-    assert tuple(trace(script).sessions[-1].passes.values()) == {
-        "ranpac": (2 * once[0], sum(n) + sum(m)),
-        # old extractors once over the session's training images; each extractor once over every test image
-        "der": (trained, sum(t * n[t] for t in range(4)) + 4 * sum(m)),
-        # old and new network once over training images; old over new tests; new and student over all
-        "foster": (trained + sum(once[1:]), 2 * sum(n[1:]) + sum(m[1:]) + tested[0] + 2 * sum(tested[1:])),
-        # each image's query, once per run
-        **dict.fromkeys(["l2p", "dualprompt"], (trained, sum(tested) + sum(n) + sum(m))),
-        "controls.linear": (0, sum(n) + sum(m)),
-    }.get(script, (trained, sum(tested)))
-
 
 # ---- all scripts -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -559,33 +601,16 @@ def test_seed_missing_emotions_bfloat16_and_loso(script):
     for i, fold in folds_in("results").items():
         assert set(fold["subjects"]) == {i + 1} and fold["scores_0"].dtype == np.float32
 
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_tensor_is_on_the_device(script):
-    """Without a GPU: torch's fake tensors "on cuda" refuse to mix devices. And no training step waits for the device or
-    copies from the host. Not driven here: the backward pass, and what looks at numbers in the ridge."""
-    device, shapes, steps, watching, parse, draw = torch.device("cuda"), [], [], [], common.parse, common.batches
+    """Without a GPU: torch's fake tensors "on cuda" refuse to mix devices, and to give a number that a step waits for.
+    Not driven here: the backward pass, and what looks at numbers in the ridge."""
+    device, shapes, steps = torch.device("cuda"), [], []
     cpu = argparse.Namespace(preset="tiny", backbone="vit", weights=None, seed=0, device=torch.device("cpu"))
     network = common.make_backbone(cpu)
 
-    class Watch(TorchDispatchMode):  # inside a training step
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out, name = function(*args, **(kwargs or {})), function.__name__.split(".")[0]
-            if watching:
-                assert name not in ("_local_scalar_dense", "nonzero", "equal", "_unique2"), function
-                where = {x.device.type for x in (*args, out) if isinstance(x, torch.Tensor)}
-                assert name not in ("_to_copy", "copy_", "lift_fresh") or where == {"cuda"}, (function, where)
-            return out
-
-    class Batches(list):
-        def __iter__(self):
-            for batch in super().__iter__():
-                watching.append(1)
-                yield batch
-                steps.append(1)
-            watching.clear()
-
     def backward(loss):  # the real one would need a device; the optimizer gets zeros
+        steps.append(loss)
         assert loss.device.type == "cuda" and loss.ndim == 0
         for parameter in main_locals()["trained"]:
             parameter.grad = torch.zeros_like(parameter)
@@ -613,40 +638,54 @@ def test_every_tensor_is_on_the_device(script):
         main.__globals__.update(LowRankRidge=ridge, choose_lambda=choose_lambda)
         main()
 
-    patches = [
-        (common, "parse", lambda doc, settings: argparse.Namespace(**vars(parse(doc, settings)) | {"device": device})),
-        (common, "make_backbone", lambda args, parts=None: moved(network, device)),
-        (common, "batches", lambda *words: Batches(draw(*words))), (common, "launch", launch),
-        (data, "synthetic", made_up), (nn.Module, "to", moved),
-        (protocols.Run, "record", record), (torch.Tensor, "backward", backward),
-    ]  # fmt: skip
+    patches = [(common, "set_up", lambda name, preset: device), (common, "launch", launch),
+               (common, "make_backbone", lambda args, parts=None: moved(network, device)), (data, "synthetic", made_up),
+               (nn.Module, "to", moved), (protocols.Run, "record", record), (torch.Tensor, "backward", backward)]
     flags = ["--sessions", "casme2", "samm", "--folds", "0", *brief(script)]
-    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()), Watch():
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
         status, _, _ = start(script, *flags, patches=patches)
-        watching.append(1)  # it does see what it is to see
-        for wait in (lambda: torch.ones(1, device="cuda").sum().item(), lambda: torch.tensor(1.0).to("cuda")):
-            with pytest.raises(AssertionError):
-                wait()
     assert status == 0 and bool(steps) == trace(script).trains
     assert shapes == ([5, 7] if script in ONE_ROW else [5, 10])
 
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DEVICE = "cuda"
 
+@CUDA
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_skeleton(script):
-    """Banners, loops and closing calls in one order in all scripts, no deep nesting, short docstrings, few names."""
-    marks = r" *(# ---- .*? ----|for (?:fold|t, session|batch)\b.* in .*|args = .*|run = .*|run\.(?:record|summary))"
-    order = "args =; run =; for fold; # ---- a trial begins; for t,; # ---- session t arrives; # ---- test; run.record"
-    text = text_of(path_of(script))
-    found = re.findall("(?m)^" + marks, text)
-    places = [next(i for i, mark in enumerate(found) if mark.startswith(word)) for word in order.split("; ")]
-    assert places == sorted(places) and found[-1] == "run.summary"
-    assert max(len(line) - len(line.lstrip()) for line in text.splitlines() if line.strip()[:1] not in "#") <= 24
-    assert len(importlib.import_module(script).__doc__.splitlines()) <= 28
-    imports = set(re.findall(r"^(?:import|from) ([\w.]+)", text, re.M))
-    assert imports <= set("copy functools sys torch torch.nn common data protocols rch ranpac".split())
-    used = set(re.findall(r"\b(?:common|data|protocols|rch|run|rows)\.(\w+)", text.split('"""', 2)[2]))
-    assert len(used) <= (16 if script in METHODS else 17), sorted(used)
+def test_cuda_is_near_the_cpu(script):
+    """One step per session: scores in float32 within 1 % of the largest on the CPU, with bfloat16 training within 5 %;
+    no training step waits for the device; every network and score is on it. Prints the peak memory (pytest -rP)."""
+    draw, record = common.batches, protocols.Run.record
 
+    class Watched(list):
+        def __iter__(self):
+            torch.cuda.set_sync_debug_mode("error")
+            yield from super().__iter__()
+            torch.cuda.set_sync_debug_mode("default")
+
+    def note(run, fold, t, rows, scores, **others):
+        where = [tensor.device.type for *_, tensor in tensors(main_locals()).values()]
+        assert {scores.device.type, *where} == {DEVICE}
+        record(run, fold, t, rows, scores, **others)
+
+    few = {"epochs_first": "1", "epochs_next": "1", "batch": "4096"}
+    few = {name: value for name, value in few.items() if name in importlib.import_module(script).SETTINGS}
+    flags = [word for name, value in few.items() for word in ("--" + name.replace("_", "-"), value)]
+    flags += ["--preset", "tiny", "--sessions", *NAMES[:2], "--folds", "0"]
+    no_cast, watch = [(common, "autocast", lambda args: contextlib.nullcontext())], []
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        watch = [(common, "batches", lambda *words: Watched(draw(*words)))]
+    for out, device, patches in (("cpu", "cpu", no_cast), ("float32", DEVICE, [*no_cast, *watch]),
+                                 ("bfloat16", DEVICE, [*watch, (protocols.Run, "record", note)])):
+        works(script, *flags, "--device", device, "--out", out, patches=patches)
+    cpu, float32, bfloat16 = (folds_in(out)[0] for out in ("cpu", "float32", "bfloat16"))
+    for name in ("scores_0", "scores_1"):
+        largest = abs(cpu[name]).max()
+        assert abs(float32[name] - cpu[name]).max() <= 0.01 * largest, name
+        assert abs(bfloat16[name] - cpu[name]).max() <= 0.05 * largest, name
+    if DEVICE == "cuda":
+        print(f"{script}: peak memory on the device {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
 
 # ---- data, runs on disk, processes, mistakes: as a user starts a script ------------------------------------------
 TWO = ["--sessions", "casme2", "samm", "--device", "cpu"]
@@ -668,14 +707,13 @@ def main():
             run.record(fold, t, rows, scores, second=-3 * scores)
     run.summary()
 
-common.launch(main)
+if __name__ == "__main__":
+    common.launch(main)
 """
 HELPER = "import lib.deep\n\nclass Network:\n    image_size, mean, std = lib.deep.size, (0.5,) * 3, (0.5,) * 3\n"
 NEW_METHOD = {"stub.py": STUB, "helper.py": HELPER, "lib/__init__.py": "", "lib/deep.py": "from .more import size\n",
-              "lib/more.py": "from free.number import size\n", "free/number.py": "size = 12\n"}  # fmt: skip
+              "lib/more.py": "from free.number import size\n", "free/number.py": "size = 12\n"}
 
-
-# fmt: off
 def process(*words, **others):
     others = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) | others
     STARTED.append(subprocess.Popen([sys.executable, *words], **others))
@@ -697,11 +735,11 @@ def faults(moment, count, error=None):
         reach("half"), reach("written"), replace(part, path), reach("renamed")
 
     return [(os, "replace", moving), (torch.Tensor, "backward", lambda loss: (reach("training"), backward(loss))),
-            (common, "extract", lambda *words: (reach("evaluation"), extract(*words))[1])]  # fmt: skip
+            (common, "extract", lambda *words: (reach("evaluation"), extract(*words))[1])]
 
 def numbers(root, *but):
     """All that the run's fold files hold, to compare. Times are left out."""
-    but += ("seconds", "seal")
+    but += ("seconds",)
     return {(fold, k): v.tolist() for fold, saved in folds_in(root).items() for k, v in saved.items() if k not in but}
 
 def stamps(root="results"):
@@ -735,8 +773,6 @@ class Code:
 def f1_uar(true, predicted):
     of = {"average": "macro", "labels": np.unique(true), "zero_division": 0}
     return [metric(true, predicted, **of) for metric in (f1_score, recall_score)]
-# fmt: on
-
 
 def test_folds_metrics_and_rows_by_hand_and_against_sklearn():
     subjects = np.repeat([9, 10, 100, 2, 1, 11], [1, 2, 3, 4, 5, 6])  # in the order of numbers: 1 2 9 10 11 100
@@ -761,14 +797,20 @@ def test_folds_metrics_and_rows_by_hand_and_against_sklearn():
     assert rows.targets(["happiness", "anger", "disgust"]).tolist() == [3, 2, 0]  # the newest rows
     first, second = np.log(2) / 2, np.log(12) / 2  # the sessions' mean scores
     for how, expected in {"sum": np.log([1, 8, 3]), "prob": [0.1, 0.6, 0.3], "max": np.log([1, 4, 3]),
-                          "centered": np.log([1, 8, 3]) - [first, first + second, second]}.items():  # fmt: skip
+                          "centered": np.log([1, 8, 3]) - [first, first + second, second]}.items():
         assert np.allclose(rch.remap(np.log([[1.0, 2, 3, 4]]), rows.row_emotion, rows.row_session, how), [expected])
-
+    for shift in (-50, 1000):  # float32, as scores are kept: nothing overflows, nothing falls to 0
+        scores = (np.log([[1.0, 2, 3, 4]]) + shift).astype(np.float32)
+        merged = {how: rch.remap(scores, rows.row_emotion, rows.row_session, how) for how in rch.WAYS}
+        assert np.allclose(merged["prob"], [[0.1, 0.6, 0.3]], atol=1e-3)
+        assert np.allclose(merged["sum"] - np.log([1, 8, 3]), [[shift, 2 * shift, shift]], rtol=1e-5)
+        assert np.allclose(merged["max"] - np.log([1, 4, 3]), [[shift] * 3], rtol=1e-5)
+        assert np.allclose(merged["centered"], [np.log([1, 8, 3]) - [first, first + second, second]], atol=1e-3)
 
 def test_the_synthetic_stream():
     stream, small, other = whole_stream(), data.synthetic(12), data.synthetic(12, seed=1)
     for s, (name, (counts, people)) in zip([*stream, *data.synthetic(12, sessions=["dfme"])], SHEETS.items()):
-        assert s.emotions == list(data.DATASETS[name].emotions) == list(counts) and len({*s.subjects}) == people
+        assert s.emotions == list(data.DATASETS[name]) == list(counts) and len({*s.subjects}) == people
         assert collections.Counter(s.labels.tolist()) == counts
         parts = [re.fullmatch(rf"{name}_(\w+)/(sub0*(\d+)_\d+\.png)", key).groups() for key in s.keys]
         assert parts == sorted(parts) and [emotion for emotion, _, _ in parts] == s.labels.tolist()
@@ -786,10 +828,9 @@ def test_the_synthetic_stream():
     flow[0, 1:] += (flow[0, 1:] == 0).all(-1, keepdims=True)  # now the weakest motion has size 1: it is black
     assert data.flow_to_image(flow)[0][:, 1, 0].tolist() == [0, 0, 0]
 
-
 def test_a_processed_folder_with_every_oddity(monkeypatch, capsys):
     read = ["samm_anger/006_f7.jpeg", "samm_anger/6_\u00e9\u4e2d.png", "samm_anger/s11_6.bmp", "SAMM_Happy/7.jpg",
-            "samm_other/006_1_2_f.png", "samm_others/020_1.PNG"]  # fmt: skip
+            "samm_other/006_1_2_f.png", "samm_others/020_1.PNG"]
     others = ["casme3_sadness/spNO.12a355_f10.png", "dfme_sad/13_f.png", "dfme_sad/14_f3x.png"]
     unread = ["dfme_sad/12_f3.png", "samm_anger/Thumbs.db", "samm_anger/deeper/1.png", "notes.txt"]
     uncounted = [".hidden/1.png", "samm_anger/.1.png", "report.csv", "prepare.json", "mmew_sad/Thumbs.db"]
@@ -806,10 +847,9 @@ def test_a_processed_folder_with_every_oddity(monkeypatch, capsys):
     assert samm.labels.tolist() == ["anger"] * 3 + ["happiness"] + ["others"] * 2 and casme3.labels.tolist() == ["sad"]
     assert samm.subjects.tolist() == [6, 6, 11, 7, 6, 20] and casme3.subjects.tolist() == [12]
     for mode, colour, rgb in (("RGB", (1, 2, 3), [1, 2, 3]), ("L", 7, [7] * 3), ("LA", (7, 9), [7] * 3),
-                              ("RGBA", (1, 2, 3, 4), [1, 2, 3]), ("1", 1, [255] * 3), ("P", 0, [0] * 3)):  # fmt: skip
+                              ("RGBA", (1, 2, 3, 4), [1, 2, 3]), ("1", 1, [255] * 3), ("P", 0, [0] * 3)):
         put("modes", {"samm_anger/1.png": png(mode, colour)})
         assert data.load("modes", ["samm"], 8)[0].images.transpose(0, 2, 3, 1).tolist() == [[[rgb] * 8] * 8], mode
-
 
 def test_an_exported_stream_and_a_new_dataset(monkeypatch):
     for session in data.synthetic(sessions=["casme2", "samm"]):
@@ -826,18 +866,20 @@ def test_an_exported_stream_and_a_new_dataset(monkeypatch):
     assert session.images.dtype == torch.float32 and np.allclose(session.images[5], expected, atol=1e-5)
     assert session.digest == large.digest and large.images.shape == (136, 3, 48, 48)
     # A new dataset is one record. Without all counts, or with an emotion that no face shows, it cannot be made up.
-    for record in (({"awe": 9}, 3), ({"fear": 9},), ({"surprise": None, "sad": None}, 3)):
-        monkeypatch.setitem(data.DATASETS, "smic", data.Dataset(*record))
+    for emotions, people in (({"awe": 9}, 3), ({"fear": 9}, None), ({"surprise": None, "sad": None}, 3)):
+        monkeypatch.setitem(data.DATASETS, "smic", emotions)
+        monkeypatch.setitem(data.SUBJECTS, "smic", people)
         assert "smic cannot be made up" in one_line(*PIXELS, "--sessions", "smic")
     put("new", [f"smic_{emotion}/{i}.png" for emotion in ("sad", "surprise") for i in range(8)])
     screen = works(*PIXELS, "--sessions", "smic", "--data", "new", "--folds", "0")
     assert "smic 16 of ?" in screen and folds_in("results")[0]["emotions"].tolist() == ["surprise", "sad"]
 
-
 @pytest.mark.parametrize("protocol, names", [("ilcv", NAMES), ("loso", ["casme2"])])
 def test_every_number_printed_or_kept(protocol, names):
     put(".", NEW_METHOD)
-    screen = works("./stub.py", "--protocol", protocol, "--sessions", *names, patches=[(data, "synthetic", made_up)])
+    clock = types.SimpleNamespace(perf_counter=(i * i for i in itertools.count()).__next__)
+    screen = works("./stub.py", "--protocol", protocol, "--sessions", *names,
+                   patches=[(data, "synthetic", made_up), (protocols, "time", clock)])
     files, (lines, table), sessions, count = folds_in("results"), lines_of(screen), made_up(12, names), len(names)
     found, rows = collections.defaultdict(list), [emotion for name in names for emotion in EMOTIONS[name]]
     for fold, saved in files.items():
@@ -865,9 +907,10 @@ def test_every_number_printed_or_kept(protocol, names):
                 found[name, how, t].append((true, answers, source))
                 cells += [np.mean(true == answers), *(f1_uar(true, answers) if how == "sum" else [])]
             found["scores", "majority", t].append((true, np.full(n, max(words, key=seen.__getitem__)), source))
-            line, expected = lines[count * fold + t], 100 * np.array(cells)[[0, 3, 1, 2, 4, 7, 5, 6]]
+            line, expected = lines[count * fold + t], 100 * np.array(cells)[[0, 3, 4, 7, 1, 2]]
             assert line[:3] == [str(fold), session.name, str(len(words))]
-            assert np.allclose(np.array(line[3:7] + line[8:], float), expected, atol=0.051), line
+            assert np.allclose(np.float64(line[3:9]), expected, atol=0.051), line
+            assert float(line[9]) == saved["seconds"][t] == 4 * (count * fold + t) + 1
     assert len(lines) == count * len(files) and len(files) == (5 if protocol == "ilcv" else 8)
     pooled = {key: [np.concatenate(arrays) for arrays in zip(*folds)] for key, folds in found.items()}
     percent, expected = lambda true, answers, *_: 100 * np.mean(true == answers), []
@@ -887,8 +930,7 @@ def test_every_number_printed_or_kept(protocol, names):
     assert abs(expected[0][1] - np.array(expected[-1 if protocol == "loso" else 2][1])).max() > 1  # they do differ
     header, words = "S1 casme2 S2 samm S3 mmew S4 casme3 avg last", " ".join(screen.split())
     assert (header if protocol == "ilcv" else "pooled over subjects accuracy UF1 UAR") in words
-    assert "emotions sum prob UF1 UAR seconds second sum prob UF1 UAR" in words
-
+    assert "emotions acc(sum) acc(prob) second(sum) second(prob) UF1 UAR seconds" in words
 
 def test_a_run_is_what_its_numbers_depend_on(monkeypatch):
     """Each change alone, against the same first run: fold 0 is kept where it must be, else made in another folder."""
@@ -903,8 +945,8 @@ def test_a_run_is_what_its_numbers_depend_on(monkeypatch):
     kept = ["", "--folds 1 0", "--data d/x", "unused.py \na = 1", *(f"{name} \n# a comment" for name in code)]
     new = ["--seed 1", "--wild 3", "--sessions samm casme2", "--sessions samm", "--protocol loso --sessions samm",
            "--preset tiny", "--data b/x", "--data c/x", "K",
-           *(f"{name} \na = 1" for name in code if name != "unused.py")]  # fmt: skip
-    folders = []
+           *(f"{name} \na = 1" for name in code if name != "unused.py")]
+    folders, hashes = [], {}
     for change in ["", *kept, *new]:
         name, _, text = change.partition(" ")
         put(".", {name: code[name] + text} if name in code else {})
@@ -915,11 +957,72 @@ def test_a_run_is_what_its_numbers_depend_on(monkeypatch):
             flags = change.split() if change[:2] == "--" else ()
             screen = works("./stub.py", *TWO, "--data", "a/x", "--folds", "0", *flags)
         folders.append(re.search(r"^files: (\S+);", screen, re.M).group(1))
+        hashes[change] = re.search(r"images (\w{12}), folds (\w{12})", screen).groups()
         assert ("  kept\n" in screen) == (len(folders) > 1 and change in kept), change
         assert len(set(folders)) == max(1, len(folders) - len(kept)), change
-        assert ("3folds" in folders[-1]) == (change == "K")
         put(".", code)
+    images, folds = hashes[""]
+    assert hashes["--data d/x"] == hashes["--wild 3"] == (images, folds) and hashes["K"][0] == images
+    assert hashes["--data b/x"][0] != images and hashes["--data b/x"][1] == folds  # a pixel
+    assert hashes["--data c/x"][0] != images and hashes["--data c/x"][1] != folds != hashes["K"][1]  # a name; the cut
+    with open(os.path.join(folders[0], "run.json"), encoding="utf-8") as file:
+        info = json.load(file)
+    assert list(info) == ("arguments merges device synthetic fold_count counts images tests folds weights code"
+                          " versions").split()
+    assert set(info["arguments"]) == {"backbone", "protocol", "sessions", "preset", "seed", "wild", "method", "changed"}
+    assert info["device"] == "cpu" and info["versions"]["torch"] == metadata.version("torch")
+    assert list(info["versions"]) == ["torch", "timm", "numpy", "pillow", "python"]
+    assert info["weights"] == "no network" and set(info["code"]) == {*core, *code} - {"unused.py"}
 
+SAVES = "import time; time.sleep(0.1)\nwith open({!r}, 'a') as file:\n    file.write('\\na = 1')\n"  # as an editor
+
+def test_code_that_was_edited_after_it_was_loaded_does_not_run():
+    """While a script starts, its own file, a helper or one of the core; after a notebook imported it. And how a
+    notebook runs a script: with foreign arguments, without a file, with a fresh file."""
+    put(".", NEW_METHOD | {name: text_of(name) for name in ("common.py", "data.py", "protocols.py", "rch.py")}
+        | {"tiny/__init__.py": "", "tiny/stream.py": text_of("tiny/stream.py")})
+    notebook = "import sys; sys.ps1 = ''; sys.argv = ['', '--folds', '0', '--sessions', 'samm']\n"
+    environment = os.environ | {"PYTHONPATH": ""}
+    for name in ("stub.py", "helper.py", "rch.py"):
+        saved, edits = {"rch.py": text_of("rch.py")}, SAVES.format(name)
+        for words, files in ((["stub.py", "--folds", "0"], {"helper.py": HELPER + edits}),
+                             (["-c", f"{notebook}import stub\n{edits}stub.main()"], {})):
+            put(".", NEW_METHOD | saved | files)
+            job = process(*words, env=environment)
+            errors = job.communicate()[1]
+            assert job.returncode == 1, (name, words, errors)
+            assert errors == f"error: {os.path.realpath(name)}: changed after it was loaded; start again\n"
+            assert not os.path.exists("results")
+    put(".", NEW_METHOD)
+    in_cell = notebook + "import common\ndef main(): common.parse('', {})\nmain()"
+    foreign = notebook + "sys.argv = ['ipykernel_launcher.py', '-f', 'kernel.json']\nimport stub; stub.main()"
+    fresh = notebook + f"open('fresh.py', 'w').write({STUB!r})\nimport fresh; fresh.main(); fresh.main()"
+    for code, status, words in ((in_cell, 1, "error: main() stands in no file"), (foreign, 1, "error: unrecognized"),
+                                (fresh, 0, "")):
+        job = process("-c", code, env=environment)
+        screen, errors = job.communicate()
+        assert job.returncode == status and errors.startswith(words) and errors.count("\n") == status, errors
+    assert screen.count("  kept\n") == 1 and os.path.exists(glob.glob("results/fresh-*")[0])
+
+def test_settings_of_every_type(monkeypatch):
+    """A flag each; 0 where it can be meant; what cannot be meant ends with one line."""
+    settings = {"few": (3, 0), "many": (3, 2), "epochs_last": (3, 2), "batch": (4, 4), "lr": (0.1, 0.2),
+                "share": (0.0, 1.0), "on": (True, False), "name": ("a", "b")}
+
+    def parsed(flags):
+        monkeypatch.setattr(sys, "argv", ["", *flags.split()])
+        return common.parse("", settings)
+
+    for preset in (0, 1):
+        args = parsed(["--preset paper", "--preset tiny"][preset])
+        assert [getattr(args, name) for name in settings] == [pair[preset] for pair in settings.values()]
+        assert args.changed == {} and args.method == "test_all"
+    args = parsed("--preset paper --few 0 --epochs-last 0 --batch 2 --lr 0.5 --share 1 --no-on --name c")
+    assert args.changed == {"few": 0, "epochs_last": 0, "batch": 2, "lr": 0.5, "share": 1.0, "on": False, "name": "c"}
+    assert parsed("--on --share 0").changed == {"on": True, "share": 0.0}
+    for flags in ("--many 0", "--few -1", "--batch 1", "--lr 0", "--share nan", "--many 1.5", "--few x"):
+        with pytest.raises(SystemExit, match=f"error: .*{flags.split()[0]}"):
+            parsed(flags)
 
 def test_fold_files_that_are_not_used():
     put(".", NEW_METHOD | {f"tree/{name}": png() for name in TREE})
@@ -928,18 +1031,14 @@ def test_fold_files_that_are_not_used():
     works(*run, "0", "--seed", "1", "--out", "other")
     paths = [*sorted(glob.glob("results/*/*/*.npz")), *glob.glob("other/*/*/fold0.npz")]
     content, another_fold, another_run = (open(path, "rb").read() for path in paths)
-    whole, good, path = numbers("results"), folds_in("results")[0], paths[0]
-    odd = {"scores_0": good["scores_0"] * np.nan, "scores_1": good["scores_1"][1:], "labels": good["labels"][::-1],
-           "train_counts": good["train_counts"][:1], "identity": np.array([Code()])}  # fmt: skip
-    odd = [{}, *(good | {name: array} for name, array in odd.items())]
-    for saved in [another_fold, another_run, b"", content[:900], b"PK\x03\x04" + bytes(99), *odd]:
-        put(".", {path: saved}) if isinstance(saved, bytes) else np.savez(path, **saved)
+    whole, path = numbers("results"), paths[0]
+    for saved in [another_fold, another_run, b"", content[:900], b"PK\x03\x04" + bytes(99), content[::-1], None]:
+        put(".", {path: saved}) if saved is not None else np.savez(path, identity=np.array([Code()]))
         for fold in ((), ("0",)):
             status, screen, errors = start(*run, *fold)
             assert status == 0 and re.fullmatch(r"note: \S+fold0.npz: not used \(.*\)\n", errors), saved
             assert screen.count("  kept\n") == 2 and f"{1 + len(fold)} of 5 folds" in screen
         assert whole == numbers("results") and not os.path.exists("unpickled")
-
 
 def test_many_processes_make_the_files_of_one(monkeypatch):
     folds, two = ["--folds", "0", "4", "2"], ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
@@ -958,10 +1057,10 @@ def test_many_processes_make_the_files_of_one(monkeypatch):
         assert "".join(line[0] for line in lines_of(out)[0]) == expected
         assert out.count("of 5 folds") == out.count("3 of 5 folds") == done
     assert numbers("one") == numbers("ranks")
-    for rank, world in (("0", ""), ("", "2"), ("2", "2"), ("-1", "2"), ("0", "0"), ("x", "2")):
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("WORLD_SIZE", world)
-        assert "WORLD_SIZE" in one_line(*PIXELS), (rank, world)
+    for own in ({"RANK": "0"}, {"WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"}):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "environ", {name: os.environ[name] for name in ("PATH", "OMP_NUM_THREADS")} | own)
+            assert "WORLD_SIZE" in one_line(*PIXELS), own
     tried = []  # and on CUDA each process takes a device of its own
     monkeypatch.setattr(torch, "zeros", lambda *shape, device: tried.append(device) or 1 / 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -970,7 +1069,6 @@ def test_many_processes_make_the_files_of_one(monkeypatch):
         monkeypatch.setenv("LOCAL_RANK", rank)
         assert one_line("finetune", *flags).startswith(f"error: --device {tried[-1]}: ")
     assert tried == [device for own in ("cuda", "cuda:0", "cuda:1") for device in (own, own, "cuda:7")]
-
 
 def test_what_takes_long_shows_a_bar(monkeypatch):
     """Of each step of a run; on a terminal only, and of processes side by side only that of the first."""
@@ -988,7 +1086,6 @@ def test_what_takes_long_shows_a_bar(monkeypatch):
         assert list(data.progress(range(3), "steps")) == [0, 1, 2] and expected in screen.getvalue()
         assert bool(screen.getvalue()) == bool(expected)
 
-
 def test_the_tiny_preset_takes_one_thread_of_a_cpu(monkeypatch):
     for variable, preset, expected in (("", "tiny", [1]), ("OMP_NUM_THREADS", "tiny", []), ("", "paper", [])):
         asked = []
@@ -998,60 +1095,40 @@ def test_the_tiny_preset_takes_one_thread_of_a_cpu(monkeypatch):
         common.parse("", {})
         assert asked == expected, (variable, preset)
 
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_killed_anywhere_a_run_goes_on_to_the_undisturbed_numbers():
-    """SIGKILL in training, in evaluation and at each step of writing a file."""
-    # Folds kept. Per fold 7 + 4 steps, 2 tests, 1 file; before them one pass measures the network, run.json is written.
-    moments = {("training", 0): 0, ("training", 8): 0, ("training", 9): 0, ("evaluation", 1): 0, ("evaluation", 2): 0,
-               ("evaluation", 4): 1, ("half", 0): 0, ("half", 1): 0, ("written", 2): 1, ("renamed", 1): 1}  # fmt: skip
+def test_stopped_anywhere_a_run_goes_on_to_the_undisturbed_numbers():
+    """SIGKILL in training, in evaluation and at each step of writing a file; a full disk; Ctrl-C."""
+    # Per fold 7 + 4 steps, 2 tests, 1 file; before them one pass measures the network, run.json is written.
+    jobs = [("training", 0, 0), ("training", 8, 0), ("training", 9, 0), ("evaluation", 1, 0), ("evaluation", 2, 0),
+            ("evaluation", 4, 1), ("half", 0, 0), ("half", 1, 0), ("written", 2, 1), ("renamed", 1, 1),
+            ("written", 2, 1, OSError(28, "No space left on device"), 1, "error: .*No space left on device\n"),
+            ("training", 15, 1, KeyboardInterrupt(), 130, "\ninterrupted; .*\n")]
     works(*SHORT, "--out", "whole")
-    jobs = [(moment, count, kept) for (moment, count), kept in moments.items()]
-    words = [f"import test_all; test_all.kill_and_go_on({jobs[half::2]})" for half in (0, 1)]
-    for job in [process("-c", word) for word in words]:  # autograd wants a process of its own before a fork
-        out, errors = job.communicate()
-        assert out == "9 0\n" * (len(jobs) // 2), (out, errors)
+    halves = [process("-c", f"import test_all; test_all.stop_and_go_on({jobs[half::2]})") for half in (0, 1)]
+    for half in halves:  # autograd wants a process of its own before a fork
+        out, errors = half.communicate()
+        assert out == "0 0\n" * (len(jobs) // 2), (out, errors)
+    status, screen, errors = start(*SHORT, "--lr", "1e30", "--folds", "3", "--out", "diverged")
+    assert status == 1 and re.fullmatch("error: fold 3, casme2: scores are not finite.*\n", errors)
+    assert not lines_of(screen)[0] and not stamps("diverged")
 
-
-def kill_and_go_on(jobs):
+def stop_and_go_on(jobs):
+    """Of each (moment, count, folds kept[, error, status, words]): (0, 0) if the run ended so, and then went on."""
     import timm  # noqa: F401  # once, not in every child
 
-    for moment, count, kept in jobs:
-        out, ends = f"{moment}{count}", []
-        for patches in (faults(moment, count), []):
+    for i, (moment, count, kept, *fault) in enumerate(jobs):
+        out, ends = f"{moment}{count}{i}", []
+        for patches in (faults(moment, count, *fault[:1]), []):
             if not (child := os.fork()):
                 before = stamps(out)
                 if not patches:
                     assert len(before) == kept and works(*SHORT, "--out", out).count("  kept\n") == 2 * kept, out
                     assert before.items() <= stamps(out).items() and numbers("whole") == numbers(out), out
                     os._exit(0)
-                start(*SHORT, "--out", out, patches=patches)
-                os._exit(1)  # it should have been killed
+                status, _, errors = start(*SHORT, "--out", out, patches=patches)
+                os._exit(0 if fault and status == fault[1] and re.fullmatch(fault[2], errors) else 1)
             ends.append(os.waitpid(child, 0)[1])
-        print(*ends, flush=True)
-
-
-def test_a_run_goes_on_after_diverging_a_full_disk_and_an_interrupt():
-    status, screen, errors = start(*SHORT, "--lr", "1e30", "--folds", "3", "--out", "diverged")
-    assert status == 1 and re.fullmatch("error: .*not finite in fold 3, session casme2.*\n", errors)
-    assert not lines_of(screen)[0] and not stamps("diverged")
-    whole = works(*PIXELS, "--out", "whole")
-    assert len(lines_of(whole)[0]) == 10 and "kept" not in whole and "5 of 5 folds" in whole
-    for fault, status, words in ((OSError(28, "No space left on device"), 1, "error: .*No space left on device"),
-                                 (KeyboardInterrupt(), 130, "\ninterrupted; .*")):  # fmt: skip
-        ended, screen, errors = start(*PIXELS, "--folds", "3", "1", "0", patches=faults("written", 3, fault))
-        assert ended == status and re.fullmatch(words + "\n", errors) and "None" not in errors, errors
-        first, before = lines_of(screen)[0][:4], stamps()  # run.json and folds 3 and 1 are written
-        assert [line[0] for line in first] == ["3", "3", "1", "1"] and list(folds_in("results")) == [1, 3]
-        assert "2 of 5 folds" in works(*PIXELS, "--folds", "3", "1")
-        for count in (4, 10):
-            lines, table = lines_of(works(*PIXELS))
-            kept = [line[:-1] for line in lines if line[-1] == "kept"]
-            assert len(lines) == 10 and len(kept) == count and table == lines_of(whole)[1]
-            assert [line for line in kept if line[0] in "13"] == first[2:] + first[:2]
-            assert before.items() <= stamps().items() and numbers("whole") == numbers("results")
-        shutil.rmtree("results")
-
+        print(ends[0] % 128 - 9 * (not fault), ends[1], flush=True)  # 9: killed
 
 def test_an_interrupt_and_a_closed_pipe_in_a_terminal():
     # A job in the background would ignore Ctrl-C.
@@ -1077,11 +1154,10 @@ def test_an_interrupt_and_a_closed_pipe_in_a_terminal():
     assert endless.wait() == 130 and re.search(r"\r +\r\r\ninterrupted; [^\r\n]*\r\n$", seen), seen
     assert [os.path.basename(path) for path in glob.glob("results/*/*/*")] == ["run.json"]
 
-
 FLAGS = """der --odd; finetune --lr -1; finetune --lr nan; l2p --lr inf; l2p --batch 1
 controls.joint --epochs-first -1; controls.norch --epochs-next 1.5; l2p --pool 0; l2p --chosen 11
-dualprompt --length 0; ranpac --projected 0; ranpac --out ""; der --weight-decay -1; finetune --seed -1
-foster --seed 1099511627776; finetune --device abacus; l2p --sessions smic; der --weights less.pt
+dualprompt --length 0; ranpac --projected 0; der --weight-decay -1; finetune --device abacus
+l2p --sessions smic; der --weights less.pt
 der --weights more.pt; controls.pixels --weights swin.pt; controls.pixels --backbone swin; finetune --protocol losoo
 finetune --sessions samm samm; controls.pixels --data ""; finetune --weights ""; finetune --backbone vgg
 finetune --backbone odd --preset paper --weights none; l2p --backbone vit.odd --preset paper
@@ -1091,7 +1167,7 @@ ranpac --weights swin.pt; ranpac --weights junk.npz; l2p --backbone swin; dualpr
 dualprompt --backbone resnet; ranpac --folds 1 0 1; ranpac --folds -1; finetune --protocol loso
 controls.pixels --protocol loso --sessions casme2 samm; controls.pixels --out file; controls.pixels --out file/deeper"""
 NO_PLAIN_VIT = ["vit_small_patch14_reg4_dinov2", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224",
-                "test_convnext", "test_vit3"]  # fmt: skip
+                "test_convnext", "test_vit3"]
 TREES = [  # what differs in a small right folder, flags, what the line must say
     ({"casme2_Happy/sub09_1.png": png(), "casme2_happiness/sub09_1.jpg": png()}, "", "an image twice"),
     ({}, "--data nowhere", "nowhere"), ({}, "--data hollow", "hollow: no images of session casme2"),
@@ -1105,16 +1181,14 @@ TREES = [  # what differs in a small right folder, flags, what the line must say
     (dict.fromkeys(TREE[20:]), "", "session samm: 4 samples are too few"),
     (dict.fromkeys(TREE[2:8] + TREE[10:16]), "--protocol loso --sessions casme2", "casme2: 1 subjects are too few"),
     (dict.fromkeys(TREE[3:16]), "--protocol loso --sessions casme2", "session casme2: a fold has no sample"),
-]  # fmt: skip
-
+]
 
 def test_mistakes_end_with_one_line(monkeypatch):
     import timm  # after HF_HUB_OFFLINE is set: else each refused download is tried for seconds
 
     monkeypatch.setattr(timm, "create_model", functools.cache(timm.create_model))
-    put(
-        ".", {"empty.bin": b""} | dict.fromkeys(["text.pt", "text.safetensors", "file", "junk.npz", "hollow/a"], "text")
-    )
+    texts = dict.fromkeys(["text.pt", "text.safetensors", "file", "junk.npz", "hollow/a"], "text")
+    put(".", texts | {"empty.bin": b""})
     shutil.copy(os.path.join(HERE, "tiny", "swin.pt"), "swin.pt")
     state = torch.load(os.path.join(HERE, "tiny", "vit.pt"), weights_only=True)["state_dict"]
     less = {name: value for name, value in state.items() if name != "norm.weight"}
@@ -1134,7 +1208,6 @@ def test_mistakes_end_with_one_line(monkeypatch):
         assert words in one_line(*PIXELS, "--data", "tree", "--preset", "tiny", *flags.split())
     put("tree", {TREE[3]: png()})
     works(*PIXELS, "--data", "tree", *"--protocol loso --sessions casme2".split())  # nothing else was wrong
-
 
 def test_weight_files_of_every_kind(monkeypatch):
     """With the classifier in the file, which is left out; and prompts are accepted in a plain ViT."""
@@ -1164,7 +1237,6 @@ def test_weight_files_of_every_kind(monkeypatch):
     flags = "--preset paper --backbone vit_base_patch16_clip_224 --weights none".split()
     assert start("dualprompt", *flags)[2] == "loaded\n"
 
-
 def changed(script, diff):
     """The text of a script after a diff of the docs: its old lines are there, in this order."""
     lines, out = text_of(f"{script}.py").splitlines(), []
@@ -1176,7 +1248,6 @@ def changed(script, diff):
             out, lines = [*out, *lines[: at + (mark == " ")]], lines[at + 1 :]
     return "\n".join([*out, *lines]) + "\n"
 
-
 @pytest.mark.parametrize("page, count", [("README.md", 1), ("docs/exercises.md", 3)])
 def test_changes_in_the_docs_run(page, count):
     changes = re.findall("(.*?)```diff\n(.*?)```", text_of(page), re.S)
@@ -1187,7 +1258,6 @@ def test_changes_in_the_docs_run(page, count):
         screen = works("mine.py", *TWO, "--folds", "0", "--epochs-first", "2", "--epochs-next", "2")
         assert len(lines_of(screen)[0]) == 2
         shutil.rmtree("results")
-
 
 def test_readme_is_true():
     """Its examples and commands run, in their order (what trains for one epoch on one fold); its hashes are these.
@@ -1215,20 +1285,23 @@ def test_readme_is_true():
     for line in re.findall(r"^\| (?:vit|none) \| .*3 seeds.*$", table, re.M):
         cells = line.split("|")
         found |= {(name := cells[2].split(",")[0].strip()): cells[8], f"{name} prob": cells[-2]}
+    numbers = dict(re.findall(r"^\| (\w+) \| (\d+\.\d \| \d+) \|$", text_of("docs/results.md"), re.M))
+    for script in SCRIPTS:
+        last, seconds = numbers[script.split(".")[-1]].split(" | ")
+        assert f"seed 0: last {last} %; {seconds} s a fold on one core" in text_of(path_of(script)), script
     told = re.findall(r"^\| \[`(\w+)\.py`\]\(\1\.py\) \| .* \| .* \| (.*) \|$", text, re.M)
     assert [name for name, _ in told] == METHODS
     for name, cell in told:
         more = {"finetune": ["norch", "joint"], "der": ["der prob"], "foster": ["foster prob"], "l2p": ["linear"],
-                "ranpac": ["ranpac epochs_first=0", "pixels"]}.get(name, [])  # fmt: skip
+                "ranpac": ["ranpac epochs_first=0", "pixels"]}.get(name, [])
         expected = [float(found[word].split()[0]) for word in (name, *more)]
         assert np.float64(re.findall(r"\d+\.\d", cell)) == pytest.approx(expected, abs=0.051), name
-
 
 def test_sum_of_rows_is_ridge_on_emotions():
     """RCH meets ridge: the sum of the rows' scores is ridge regression on merged labels; the sessions in any order."""
     generator, rows = torch.Generator().manual_seed(0), rch.RCH()
     for name in data.STREAM:
-        rows.add_session(data.DATASETS[name].emotions)
+        rows.add_session(data.DATASETS[name])
     merge, ends = torch.from_numpy(np.eye(9)[rows.row_emotion]), [0, 5, 10, 16, 23]  # A (R, E)
     hs = [torch.randn(n, 500, generator=generator).relu() for n in (60, 40, 80, 150)]
     ys = [F.one_hot(torch.randint(ends[t], ends[t + 1], (len(h),), generator=generator), 23) for t, h in enumerate(hs)]
@@ -1243,38 +1316,43 @@ def test_sum_of_rows_is_ridge_on_emotions():
         expected = torch.cat(hs).double() @ by_emotions.weights(lam)
         assert (summed - expected).norm() < 1e-10 * expected.norm()
 
-
-def test_folds_come_from_folds_csv_where_there_is_one():
+@pytest.mark.parametrize("protocol", ["slcv", "ilcv"])
+def test_folds_come_from_folds_csv_where_there_is_one(protocol):
     """Its folds, whatever images are missing; the hash of its lines without keys; and what does not fit is refused."""
     put("tree", TREE)
     session = [key.split("_")[0] for key in TREE]
     people = [int(re.search(r"sub(\d+)", key).group(1)) for key in TREE]
     lines = [[s, p, i, "", key, p % 5, i * 2 % 5] for i, (s, p, key) in enumerate(zip(session, people, TREE))]
     lines += [["casme2", 9, 99, "", "", 4, 4], ["casme2", 10, 100, "", "", 0, 0], ["samm", 9, 99, "", "", 4, 4]]
-    flags = [*PIXELS, "--data", "tree", "--preset", "tiny"]
+    column, flags = {"slcv": 5, "ilcv": 6}[protocol], [*PIXELS, "--data", "tree", "--preset", "tiny"]
+    if protocol == "slcv":  # who has an image is in fewer than five folds, unless more people are there
+        more = [[s, p, p, "", f"{s}_others/sub{p:02d}_x.png", p % 5, 0] for s in ("casme2", "samm") for p in (11, 15)]
+        put("tree", [line[4] for line in more])
+        lines += more
 
     def run(lines, *more, way=works):
         text = "\n".join(",".join(map(str, line)) for line in [FOLDS, *lines])
         put("tree", {"folds.csv": text})
-        return way(*flags, *more)
+        return way(*flags, "--protocol", protocol, *more)
 
     FOLDS = ["session", "subject", "clip", "onset", "key", "slcv", "ilcv"]
     screen = run(lines)
     for fold, saved in folds_in("results").items():
-        assert sorted(saved["keys"]) == sorted(line[4] for line in lines if line[4] and line[6] == fold)
-    assert "casme2 has 18 lines, 2 of them without an image" in screen
+        assert sorted(saved["keys"]) == sorted(line[4] for line in lines if line[4] and line[column] == fold)
+    count = sum(line[0] == "casme2" for line in lines)
+    assert len(folds_in("results")) == 5 and f"casme2 has {count} lines, 2 without an image" in screen
     os.remove(os.path.join("tree", TREE[0]))
     assert re.search(r"folds (\w+) \(folds.csv\)", run(lines, "--out", "b")).group(1) in screen
     put("tree", TREE)
     shutil.rmtree("results")
-    assert f"no line for the image {TREE[3]}" in run(lines[:3] + lines[4:], way=one_line)
-    assert "subject 1 in two SLCV folds" in run([*lines, ["casme2", 1, 7, "", "", 3, 3]], way=one_line)
-    assert "has 3 folds, not 5" in run([[*line[:5], line[5] % 3, line[6] % 3] for line in lines], way=one_line)
-    assert "session casme2: folds.csv has no lines" in run([["text"]], way=one_line)
-    assert "session samm: folds.csv has no lines" in run(lines[:16] + lines[-3:-1], way=one_line)
+    assert f"folds.csv has no '{TREE[3]}'" in run(lines[:3] + lines[4:], way=one_line)
+    assert "subject in two SLCV folds" in run([*lines, ["casme2", 1, 7, "", "", 3, 3]], way=one_line)
+    assert "a fold outside of 0 to 4" in run([[*line[:5], line[5] + 1, line[6] + 1] for line in lines], way=one_line)
+    assert "session casme2: folds.csv has no 'casme2_" in run([["text"]], way=one_line)
+    assert "session casme2: a fold has no sample to test" in run([[*line[:5], 0, 0] for line in lines], way=one_line)
     assert "(images)" in run([["text"]], "--protocol", "loso", "--sessions", "casme2")
 
 
 if __name__ == "__main__":
     for script in SCRIPTS:
-        print(f'"{script}": {[round(share, 1) for share in trace(script).accuracies]},')
+        print(f'    "{script}": {fingerprint(script).round(3).tolist()},')

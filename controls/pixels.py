@@ -1,9 +1,10 @@
 """Pixels: RanPAC without a network. Its ridge on 12 x 12 pixels of the images at 48 x 48.
 
-What a network is held against: on flow images a few pixels already tell much. It trains nothing and loads no weights;
-it borrows the ridge from ranpac.py, where everything about it is told.
+What a network is held against: on flow images a few pixels already tell much. It trains nothing and
+loads no weights; it borrows the ridge from ranpac.py, where everything about it is told.
 
 Run:   python -m controls.pixels --protocol ilcv
+       synthetic stream, seed 0: last 56.8 %; 1 s a fold on one core
 """
 
 import sys
@@ -18,7 +19,9 @@ import protocols
 import rch
 from ranpac import LowRankRidge, choose_lambda, to_float64
 
-SETTINGS = {"projected": (10_000, 2_000)}  # name: (paper preset, tiny preset); M
+SETTINGS = {  # name: (paper preset, tiny preset); each is a flag
+    "projected": (10_000, 2_000),  # M
+}
 
 
 class Pixels(nn.Module):
@@ -37,32 +40,36 @@ def main():
     args.backbone = "none"
     pixels = Pixels()
     sessions = data.load_sessions(args, pixels)
-    run = protocols.Run(args, sessions, merges=("sum",))
+    run = protocols.Run(args, sessions, merges=("sum",))  # no prob: the scores are no logits
 
     for fold in run.folds:
-        # ---- a trial begins: fold i of every session ----
+        # ---- a trial begins: this fold of every session is its test part ----
         torch.manual_seed(args.seed * 1000 + fold)
-        rows = rch.RCH()
-        own = torch.Generator().manual_seed(args.seed * 1000 + fold)  # as in ranpac.py
-        projection = torch.randn(pixels.num_features, args.projected, generator=own).to(args.device)  # W (d, M)
+        rows = rch.RCH()  # which row means which emotion of which session
+        # W (d, M) has a generator of its own, as in ranpac.py.
+        generator = torch.Generator().manual_seed(args.seed * 1000 + fold)
+        projection = torch.randn(pixels.num_features, args.projected, generator=generator).to(args.device)
         ridge = LowRankRidge(args.projected)
         test_h = []
 
         for t, session, train, test in run.stream(fold):
-            # ---- session t arrives (session 1 is t = 0) ----
-            new = rows.add_session(session.emotions)
+            # ---- session t arrives (session 1 is t = 0); train and test are indices ----
+            new_rows = rows.add_session(session.emotions)  # a slice of all R rows
+            x = session.images[train]  # (N, 3, S, S)
             y = torch.from_numpy(rows.targets(session.labels[train])).to(args.device)  # (N,)
 
             # ---- add up ----
-            h = to_float64(F.relu(common.extract(pixels, session.images[train]) @ projection))  # (N, M)
-            gram, one_hot = h @ h.T, F.one_hot(y, new.stop)  # (N, N), (N, R)
+            h = to_float64(F.relu(common.extract(pixels, x) @ projection))  # (N, M)
+            one_hot = F.one_hot(y, new_rows.stop)  # (N, R)
+            gram = h @ h.T  # (N, N)
             lam = choose_lambda(h, one_hot, gram)
             ridge.update(h, one_hot, gram)
+            weights = ridge.weights(lam)  # (M, R)
 
-            # ---- test on the fold-i parts of all sessions so far ----
-            test_h.append(F.relu(common.extract(pixels, session.images[test]) @ projection))  # the earlier h are kept
-            scores = to_float64(torch.cat(test_h)) @ ridge.weights(lam)  # (n, R)
-            run.record(fold, t, rows, scores)
+            # ---- test on the test parts of all sessions so far ----
+            test_h.append(F.relu(common.extract(pixels, session.images[test]) @ projection))
+            scores = to_float64(torch.cat(test_h)) @ weights  # (n, R)
+            run.record(fold, t, rows, scores)  # rows -> emotions -> accuracy
     run.summary()
 
 
