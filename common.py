@@ -71,6 +71,7 @@ def parse(description, settings):
     p.add_argument("--seed", type=int, default=0, help="of the training; folds and stream have theirs (default: 0)")
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
     p.add_argument("--out", default="results", metavar="DIR", help="a run's folder is made below it (default: results)")
+    p.add_argument("--save", action="store_true", help="also keep each fold's trained model, beside its file")
     for name, (paper, tiny) in settings.items():
         kind = {"type": type(paper), "metavar": "X"}
         if isinstance(paper, bool):

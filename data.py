@@ -23,15 +23,21 @@ from tqdm import tqdm
 from tiny import stream
 
 # {dataset: {emotion: samples in the official sheet, or None if not known}}: the emotions of Table 1 of arXiv 2501.19111
-# in its order, for dfme those of its sheet. A new dataset is one more entry, named in lower case without an underscore.
+# in its order, for dfme those of its sheet, for -3 the classes of MEGC 2019 (tools.megc2019). A new dataset is one more
+# entry, named in lower case without an underscore.
 DATASETS = {
     "casme2": dict(disgust=63, happiness=32, others=99, repression=27, surprise=25),
     "samm": dict(anger=57, contempt=12, happiness=26, others=26, surprise=15),
     "mmew": dict(disgust=72, fear=16, happiness=36, others=66, sad=13, surprise=89),
     "casme3": dict(anger=64, disgust=250, fear=86, happiness=55, others=161, sad=57, surprise=187),
     "dfme": dict(anger=161, contempt=100, disgust=548, fear=265, happiness=206, sad=278, surprise=298),
+    "smic-3": dict(negative=70, positive=51, surprise=43),
+    "casme2-3": dict(negative=88, positive=32, surprise=25),
+    "samm-3": dict(negative=92, positive=26, surprise=15),
+    "megc-3": dict(negative=250, positive=109, surprise=83),
 }
-SUBJECTS = {"casme2": 26, "samm": 27, "mmew": 30, "casme3": 94, "dfme": 176}  # people in the sheets, where known
+SUBJECTS = {"casme2": 26, "samm": 27, "mmew": 30, "casme3": 94, "dfme": 176,
+            "smic-3": 16, "casme2-3": 24, "samm-3": 28, "megc-3": 68}  # people in the sheets, where known  # fmt: skip
 STREAM = ["casme2", "samm", "mmew", "casme3"]  # the paper's four; dfme is an optional fifth
 ALIASES = {"other": "others", "happy": "happiness", "sadness": "sad"}  # spellings in sheets and folder names
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".bmp")
@@ -79,12 +85,20 @@ def load_sessions(args, backbone):
         sessions = synthetic(backbone.image_size, sessions=args.sessions)
     else:
         sessions = load(args.data, args.sessions, backbone.image_size)
-        counts = ", ".join(f"{s.name} {len(s.keys)} of {in_sheet(s.name) or '?'}" for s in sessions)
-        print(f"samples, of those in the official sheets: {counts}")
-    mean, std = (torch.tensor(values, device=args.device).view(3, 1, 1) for values in (backbone.mean, backbone.std))
+        counts = [
+            (s.name, len(s.keys), in_sheet(s.name), len(np.unique(s.subjects)), SUBJECTS.get(s.name)) for s in sessions
+        ]
+        texts = [f"{name} {n} of {all_n or '?'}, subjects {p} of {all_p or '?'}" for name, n, all_n, p, all_p in counts]
+        print(f"samples, of those in the official sheets: {'; '.join(texts)}")
+    args.images = {"size": backbone.image_size, "mean": backbone.mean, "std": backbone.std}
     for session in sessions:
-        session.images = (torch.from_numpy(session.images).to(args.device).float() / 255 - mean) / std
+        session.images = normalise(session.images, backbone.mean, backbone.std).to(args.device)
     return sessions
+
+
+def normalise(images, mean, std):
+    """Images (N, 3, S, S) uint8, an array, as a backbone expects them: a float32 tensor, by its mean and std."""
+    return (torch.from_numpy(images).float() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
 # ---- a processed folder ----------------------------------------------------------------------------------------------
@@ -149,18 +163,23 @@ def _read_session(path, name, samples, size):
         try:
             with open(file, "rb") as opened:
                 content = opened.read()
-            with Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "BMP")) as image:
-                if image.mode[0] in "IF":
-                    raise ValueError("more than 8 bits per channel")
-                image = image.convert("RGB")
-                if image.size != (size, size):
-                    image = image.resize((size, size), Image.Resampling.BILINEAR)
-                images[i] = np.asarray(image).transpose(2, 0, 1)
+            images[i] = read_image(io.BytesIO(content), size)
         except Exception as error:  # a damaged file can raise almost anything
             sys.exit(f"error: {file}: not a readable image ({' '.join(str(error).split())})")
         digest.update(f"{key} {len(content)} ".encode() + content)
     columns = np.array(labels), np.array(subjects), np.array(keys)
     return Session(name, list(DATASETS[name]), images, *columns, digest.hexdigest())
+
+
+def read_image(file, size):
+    """An image file as (3, size, size) uint8 RGB, stretched, bilinear. A ValueError if it has more than 8 bits."""
+    with Image.open(file, formats=("PNG", "JPEG", "BMP")) as image:
+        if image.mode[0] in "IF":
+            raise ValueError("more than 8 bits per channel")
+        image = image.convert("RGB")
+        if image.size != (size, size):
+            image = image.resize((size, size), Image.Resampling.BILINEAR)
+        return np.asarray(image).transpose(2, 0, 1)
 
 
 # ---- made-up images --------------------------------------------------------------------------------------------------

@@ -74,6 +74,7 @@ def main():
                 old_f = torch.cat(frozen_f, 1)  # (N, t d)
 
             # ---- train ----
+            losses = []
             epochs = args.epochs_next if t > 0 else args.epochs_first
             batches = common.batches(len(x), args.batch, epochs, args.device)  # indices (B,)
             trained = [*extractors[-1].parameters(), *head.parameters(), *aux_head.parameters()]
@@ -92,6 +93,7 @@ def main():
                 if t > 0:
                     aux_y = y[batch] - new_rows.start + 1  # the head's first new row is class 1
                     loss = loss + F.cross_entropy(aux_logits.float(), aux_y)
+                losses.append(loss.detach())
 
                 optimizer.zero_grad()
                 loss.backward()
@@ -108,7 +110,8 @@ def main():
             test_f.append(common.extract(extractors[-1], torch.cat(test_images)))
             with torch.no_grad():
                 scores = head(torch.cat(test_f, 1))  # (n, R)
-            run.record(fold, t, rows, scores)  # rows -> emotions -> accuracy
+            run.record(fold, t, rows, scores, losses)  # rows -> emotions -> accuracy
+        run.save(fold, extractors=nn.ModuleList(extractors), head=head)  # with --save
     run.summary()
 
 

@@ -139,6 +139,7 @@ def main():
             heads.append(nn.Linear(vit.num_features, len(session.emotions)).to(args.device))
 
             # ---- train ----
+            losses = []
             epochs = args.epochs_next if t > 0 else args.epochs_first
             batches = common.batches(len(x), args.batch, epochs, args.device)  # indices (B,)
             trained = [prompts.g, prompts.e[-1], *heads[-1].parameters()]
@@ -149,6 +150,7 @@ def main():
                     logits = heads[-1](prompts(vit, x[batch], index))  # (B, emotions of the session)
                 # A head counts its rows from 0.
                 loss = F.cross_entropy(logits.float(), y[batch] - new_rows.start)
+                losses.append(loss.detach())
 
                 optimizer.zero_grad()
                 loss.backward()
@@ -162,17 +164,18 @@ def main():
                 prompted = functools.partial(prompts, vit)
                 f = common.extract(prompted, torch.cat(test_images), index)  # (n, d)
                 scores = torch.cat([head(f) for head in heads], 1)  # (n, R)
-            run.record(fold, t, rows, scores)  # rows -> emotions -> accuracy
+            run.record(fold, t, rows, scores, losses)  # rows -> emotions -> accuracy
+        run.save(fold, prompts=prompts, heads=heads)  # with --save
 
         # The trial is over: whose keys did the last test choose?
         for i, chosen in enumerate(index.split([len(part) for part in test_queries])):
             usage[i] += chosen.bincount(minlength=len(sessions)).cpu()
     if run.folds:
         print("\nwhose key each session's test samples chose at the end, in %, in the folds made now")
-        print(" " * 7 + "".join(f"{session.name:>8s}" for session in sessions))
+        print(" " * 8 + "".join(f"{session.name:>9s}" for session in sessions))
         for session, counts in zip(sessions, usage):
             share = 100 * counts / counts.sum()
-            print(f"{session.name:7s}" + "".join(f"{percent:8.1f}" for percent in share.tolist()))
+            print(f"{session.name:8s}" + "".join(f"{percent:9.1f}" for percent in share.tolist()))
     run.summary()
 
 

@@ -60,6 +60,7 @@ def main():
             heads.append(nn.Linear(backbone.num_features, len(session.emotions)).to(args.device))
 
             # ---- train ----
+            losses = []
             epochs = args.epochs_next if t > 0 else args.epochs_first
             batches = common.batches(len(x), args.batch, epochs, args.device)  # indices (B,)
             trained = [*backbone.parameters(), *heads[-1].parameters()]
@@ -71,6 +72,7 @@ def main():
                     logits = heads[-1](backbone(x[batch]))  # (B, emotions of the session)
                 # A head counts its rows from 0.
                 loss = F.cross_entropy(logits.float(), y[batch] - new_rows.start)
+                losses.append(loss.detach())
 
                 optimizer.zero_grad()
                 loss.backward()
@@ -83,7 +85,8 @@ def main():
             f = common.extract(backbone, torch.cat(test_images))  # (n, d)
             with torch.no_grad():
                 scores = torch.cat([head(f) for head in heads], 1)  # (n, R)
-            run.record(fold, t, rows, scores)  # rows -> emotions -> accuracy
+            run.record(fold, t, rows, scores, losses)  # rows -> emotions -> accuracy
+        run.save(fold, backbone=backbone, heads=heads)  # with --save
     run.summary()
 
 

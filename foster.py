@@ -80,6 +80,7 @@ def main():
                     old_scores = old_head(old_f)  # z_old, (N, old rows)
 
             # ---- train ----
+            losses, student_losses = [], []
             epochs = args.epochs_next if t > 0 else args.epochs_first
             batches = common.batches(len(x), args.batch, epochs, args.device)  # indices (B,)
             trained = [*backbone.parameters(), *head.parameters(), *new_head.parameters()]
@@ -99,6 +100,7 @@ def main():
                     loss = loss + F.cross_entropy(new_logits.float(), y[batch])
                     old_logits = logits[:, : new_rows.start]
                     loss = loss + distillation(old_logits.float(), old_scores[batch])
+                losses.append(loss.detach())
 
                 optimizer.zero_grad()
                 loss.backward()
@@ -127,6 +129,7 @@ def main():
                     with common.autocast(args):
                         logits = student_head(student(x[batch]))  # (B, R)
                     loss = distillation(logits.float(), teacher_scores[batch])
+                    student_losses.append(loss.detach())
 
                     optimizer.zero_grad()
                     loss.backward()
@@ -149,7 +152,9 @@ def main():
                 both_f = torch.cat([old_test_f, common.extract(backbone, all_test)], 1)  # (n, 2 d)
                 with torch.no_grad():
                     scores = head(both_f)  # (n, R)
-            run.record(fold, t, rows, scores, student=student_scores)
+            student_results = (student_scores, student_losses)
+            run.record(fold, t, rows, scores, losses, student=student_results)  # rows -> emotions -> accuracy
+        run.save(fold, old=old, backbone=backbone, head=head, student=student, student_head=student_head)  # with --save
     run.summary()
 
 

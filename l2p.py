@@ -106,6 +106,7 @@ def main():
             heads.append(nn.Linear(vit.num_features, len(session.emotions)).to(args.device))
 
             # ---- train ----
+            losses = []
             epochs = args.epochs_next if t > 0 else args.epochs_first
             batches = common.batches(len(x), args.batch, epochs, args.device)  # indices (B,)
             trained = [*pool.parameters(), *heads[-1].parameters()]
@@ -117,6 +118,7 @@ def main():
                 # A head counts its rows from 0.
                 loss = F.cross_entropy(logits.float(), y[batch] - new_rows.start)
                 loss = loss - args.pull * cosine.sum(1).mean()
+                losses.append(loss.detach())
 
                 optimizer.zero_grad()
                 loss.backward()
@@ -130,7 +132,8 @@ def main():
                 prompted = functools.partial(pool, vit)
                 f = common.extract(prompted, torch.cat(test_images), index)  # (n, d)
                 scores = torch.cat([head(f) for head in heads], 1)  # (n, R)
-            run.record(fold, t, rows, scores)  # rows -> emotions -> accuracy
+            run.record(fold, t, rows, scores, losses)  # rows -> emotions -> accuracy
+        run.save(fold, pool=pool, heads=heads)  # with --save
 
         # The trial is over: which prompts did the last test choose?
         for i, chosen in enumerate(index.split([len(part) for part in test_queries])):
@@ -139,7 +142,7 @@ def main():
         print("\nhow often each prompt was chosen at the end, in % of a session's test samples in the folds made now")
         for session, counts in zip(sessions, usage):
             share = 100 * args.chosen * counts / counts.sum()  # each sample chooses `chosen` prompts
-            print(f"{session.name:7s}" + "".join(f"{percent:6.1f}" for percent in share.tolist()))
+            print(f"{session.name:8s}" + "".join(f"{percent:6.1f}" for percent in share.tolist()))
     run.summary()
 
 

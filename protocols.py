@@ -118,7 +118,7 @@ class Run:
     def __init__(self, args, sessions, merges=("sum", "prob")):
         if args.protocol == "loso" and len(sessions) > 1:
             sys.exit(f"error: --protocol loso takes one session, not {len(sessions)}; name it with --sessions")
-        self.sessions, self.header_printed = sessions, False
+        self.args, self.sessions, self.header_printed = args, sessions, False
         self.tests, hashes = zip(*(bind(session, args) for session in sessions))
         count = len(self.tests[0])
         self.asked = args.folds or list(range(count))
@@ -138,6 +138,8 @@ class Run:
         self.folds, self.first = [], rank == 0
         for fold in self.asked[rank::world]:
             saved = read_fold(self.folder, self.info, fold)
+            if args.save and not os.path.exists(self._model(fold)):
+                saved = None
             if saved is None:
                 self.folds.append(fold)
             for t in range(len(sessions) if saved else 0):
@@ -152,11 +154,13 @@ class Run:
             self.train_labels.append(session.labels[train])
             yield t, session, train, tests[fold]
 
-    def record(self, fold, t, rows, scores, **others):
+    def record(self, fold, t, rows, scores, losses=(), **others):
         """Score the model after session t, and print the line; after the last session write the fold's file.
 
-        scores  (n, R) of the fold-`fold` test parts of sessions 0..t, in that order: array or tensor; `others`, named,
-        are kept and printed beside them. Ends with one line if one is not finite.
+        scores  (n, R) of the fold-`fold` test parts of sessions 0..t, in that order: array or tensor
+        losses  of every training step, 0-d tensors
+        others  further (scores, losses), named: kept, and the accuracies printed
+        Ends with one line if a number is not finite.
         """
         saved = self.saved
         saved["seconds"].append(time.perf_counter() - self.began)
@@ -167,12 +171,17 @@ class Run:
         saved |= {"emotions": rows.emotions, "row_emotion": rows.row_emotion, "row_session": rows.row_session}
         counts = [[sum(labels == emotion) for emotion in rows.emotions] for labels in self.train_labels]
         saved["train_counts"] = np.cumsum(counts, 0)  # (t + 1, E), of all sessions until each
-        for name, values in {"scores": scores, **others}.items():
+        saved["names"] = ["scores", *others]
+        for name, (values, steps) in {"scores": (scores, losses), **others}.items():
             values = np.asarray(values.cpu() if torch.is_tensor(values) else values, np.float32)
             assert values.shape == (len(saved["labels"]), len(rows.row_emotion))
+            steps = torch.stack(list(steps)).float().cpu().numpy() if len(steps) else np.zeros(0, np.float32)
+            where, wrong = f"error: fold {fold}, {self.sessions[t].name}", np.flatnonzero(~np.isfinite(steps))
+            if len(wrong):
+                sys.exit(f"{where}: the loss is not finite in step {wrong[0] + 1} of {len(steps)}; try a smaller --lr")
             if not np.isfinite(values).all():
-                sys.exit(f"error: fold {fold}, {self.sessions[t].name}: scores are not finite; try a smaller --lr")
-            saved[f"{name}_{t}"] = values
+                sys.exit(f"{where}: scores are not finite; try a smaller --lr")
+            saved |= {f"{name}_{t}": values, loss_key(name, t): steps}
         if t == len(self.sessions) - 1:
             saved |= {"identity": _sha(self.info), "threads": torch.get_num_threads()}
             saved["processor"] = torch.backends.cpu.get_cpu_capability()
@@ -181,22 +190,45 @@ class Run:
             write(os.path.join(self.folder, f"fold{fold}.npz"), file.getvalue())
         self._print_line(fold, t, saved)
 
+    def save(self, fold, **parts):
+        """With --save, write a trial's model: for torch.load(path, weights_only=True), a dictionary.
+
+        It has each part's state on the CPU (a module's state dict, or a tensor), `emotions`, `row_emotion` and
+        `row_session` as lists, `images`, which tells their size, mean and std, and `arguments`.
+        """
+        if self.args.save:
+            model = {}
+            for name, part in parts.items():
+                state = part.state_dict() if isinstance(part, torch.nn.Module) else {"": part}
+                state = {key: value.cpu() for key, value in state.items()}
+                model[name] = state if isinstance(part, torch.nn.Module) else state[""]
+            model |= {name: np.array(self.saved[name]).tolist() for name in ("emotions", "row_emotion", "row_session")}
+            model |= {"images": self.args.images, "arguments": vars(self.args) | {"device": str(self.args.device)}}
+            file = io.BytesIO()
+            torch.save(model, file)
+            write(self._model(fold), file.getvalue())
+
+    def _model(self, fold):
+        return os.path.join(self.folder, f"model{fold}.pt")
+
     def _print_line(self, fold, t, saved, remark=""):
-        """The line of one fold and session: accuracies by each merge, and the metrics by the first."""
-        shares, merges = {}, self.info["merges"]
-        for name in [key[:-2] for key in saved if key.endswith("_0")]:  # "scores" first
+        """The line of one fold and session: accuracies by each merge, metrics by the first, the loss at both ends."""
+        shares, merges, steps = {}, self.info["merges"], saved[f"loss_{t}"]
+        for name in saved["names"]:
             for how in merges:
                 label = f"acc({how})" if name == "scores" else f"{name}({how})"
                 shares[label] = accuracy(*outcome(saved, t, how, name)[:2])
         true, predicted, _ = outcome(saved, t, merges[0])
         shares |= {name: metric(true, predicted) for name, metric in METRICS.items()}
         if not self.header_printed:
-            print("fold  session  emotions  " + "  ".join(f"{label:>5s}" for label in shares) + "  seconds")
+            labels = "  ".join(f"{label:>5s}" for label in shares)
+            print(f"fold  session   emotions  {labels}         loss  seconds")
             self.header_printed = True
         cells = "  ".join(f"{100 * share:{max(5, len(label))}.1f}" for label, share in shares.items())
-        emotions = 1 + saved["row_emotion"][: saved[f"scores_{t}"].shape[1]].max()
-        line = f"{fold:4d}  {self.sessions[t].name:7s}  {emotions:8d}  {cells}  {saved['seconds'][t]:7.1f}{remark}\n"
-        print(line, end="", flush=True)  # in one piece: other processes print, too
+        emotions, tenth = 1 + saved["row_emotion"][: saved[f"scores_{t}"].shape[1]].max(), max(1, len(steps) // 10)
+        loss = f"{steps[:tenth].mean():.2f} > {steps[-tenth:].mean():.2f}" if len(steps) else "-"
+        line = f"{fold:4d}  {self.sessions[t].name:8s}  {emotions:8d}  {cells}  {loss:>11s}  {saved['seconds'][t]:7.1f}"
+        print(f"{line}{remark}\n", end="", flush=True)  # in one piece: other processes print, too
 
     def summary(self):
         """Print means, standard deviations and the T x T matrix of all folds that are there, if those asked for are."""
@@ -234,7 +266,17 @@ class Run:
 # ---- a run on disk ---------------------------------------------------------------------------------------------------
 def describe(args, sessions, tests, folds_hashes, merges):
     """All that the numbers depend on: runs that agree here give the same on the same machine."""
-    elsewhere = ("folds", "out", "data", "weights", "device", "loaded", "code")  # what is there is hashed below
+    elsewhere = (
+        "folds",
+        "out",
+        "save",
+        "data",
+        "images",
+        "weights",
+        "device",
+        "loaded",
+        "code",
+    )  # hashed below, or apart
     tests_hash = _sha([[s.keys.tolist(), *(test.tolist() for test in t)] for s, t in zip(sessions, tests)])[:12]
     versions = {name: metadata.version(name) for name in ("torch", "timm", "numpy", "pillow")}
     versions["python"] = sys.version.split()[0]
@@ -309,6 +351,11 @@ def read_fold(folder, info, fold):
         print(f"note: {path}: not used ({' '.join(str(error).split())})", file=sys.stderr)
         return None
     return saved
+
+
+def loss_key(name, t):
+    """What a fold file calls the losses that belong to scores `name` of session t."""
+    return f"loss_{t}" if name == "scores" else f"loss_{name}_{t}"
 
 
 def outcome(saved, t, how="sum", name="scores"):

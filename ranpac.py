@@ -129,6 +129,7 @@ def main():
             # Q gets a column per new row, inside ridge.update.
 
             # ---- train ----
+            losses = []
             if t == 0:
                 head = nn.Linear(backbone.num_features, new_rows.stop).to(args.device)  # temporary
                 batches = common.batches(len(x), args.batch, args.epochs_first, args.device)  # indices (B,)
@@ -140,6 +141,7 @@ def main():
                     with common.autocast(args):
                         logits = head(backbone(x[batch]))  # (B, R)
                     loss = F.cross_entropy(logits.float(), y[batch])
+                    losses.append(loss.detach())
 
                     optimizer.zero_grad()
                     loss.backward()
@@ -159,7 +161,8 @@ def main():
             # ---- test on the test parts of all sessions so far ----
             test_h.append(F.relu(common.extract(backbone, session.images[test]) @ projection))
             scores = to_float64(torch.cat(test_h)) @ weights  # (n, R)
-            run.record(fold, t, rows, scores)  # rows -> emotions -> accuracy
+            run.record(fold, t, rows, scores, losses)  # rows -> emotions -> accuracy
+        run.save(fold, backbone=backbone, projection=projection, weights=weights)  # with --save
     run.summary()
 
 

@@ -204,10 +204,10 @@ def trace(script, backbone="vit"):
             log.sessions.append(argparse.Namespace(before=tensors(main_locals()), optimizers=[]))
             yield arrival
 
-    def note_record(run, fold, t, rows, scores, **others):
+    def note_record(run, fold, t, rows, scores, *losses, **others):
         local, now = main_locals(), log.sessions[-1]
         now.after, now.end, now.scores, now.others = tensors(local), copied(local), scores.clone(), others
-        record(run, fold, t, rows, scores, **others)
+        record(run, fold, t, rows, scores, *losses, **others)
 
     def in_eval_mode(network, *words, **flags):
         parts = (network, getattr(network, "func", None), *getattr(network, "args", ()))  # of a functools.partial
@@ -246,9 +246,10 @@ def trace(script, backbone="vit"):
                (common, "extract", in_eval_mode), (data, "synthetic", whole if backbone == "vit" else made_up),
                *((torch.optim, kind, spied(kind)) for kind in ("AdamW", "Adam"))]
     with tempfile.TemporaryDirectory() as out:
-        flags = ["--backbone", backbone, "--folds", "0", *brief(script), "--out", out]
+        flags = ["--backbone", backbone, "--folds", "0", *brief(script), "--out", out, "--save"]
         log.screen = works(script, *flags, patches=patches)
         ((_, log.fold),) = folds_in(out).items()
+        log.model = torch.load(*glob.glob(f"{out}/*/*/model0.pt"), weights_only=True)
     log.trains = any(session.optimizers for session in log.sessions)
     return log
 
@@ -463,6 +464,30 @@ def test_losses_gradients_and_scores_are_the_papers(script):
             assert torch.allclose(session.scores[i].double(), expected.double(), atol=2e-4), (t, i)
     assert np.all(abs(fingerprint(script) - GOLDEN[script]) <= SLACK), fingerprint(script).round(2).tolist()
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_losses_and_the_model_that_are_kept(script):
+    """Each session's own losses, step by step, and the means of their first and last tenth in its line. The networks as
+    the last session left them, what its rows mean, and what an image must be."""
+    lines, local = lines_of(trace(script).screen)[0], trace(script).sessions[-1].end
+    for t, session in enumerate(trace(script).sessions):
+        for name, log in itertools.zip_longest(("loss", "loss_student"), session.optimizers):
+            found = trace(script).fold.get(f"{name}_{t}", np.zeros(0))
+            expected = np.float32([loss for _, loss in log.steps] if log else [])
+            assert np.array_equal(found, expected), (t, name)
+            tenth = max(1, len(expected) // 10)
+            ends = f"{expected[:tenth].mean():.2f} > {expected[-tenth:].mean():.2f}" if log else "-"
+            assert name != "loss" or ends in " ".join(lines[t]), t
+    model = dict(trace(script).model)
+    assert model.pop("images") == {"size": 48, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    assert model.pop("arguments")["seed"] == 0
+    for name in ("emotions", "row_emotion", "row_session"):
+        assert model.pop(name) == trace(script).fold[name].tolist()
+    assert model and set(model) <= set(local)
+    for name, kept in model.items():
+        parts = nn.ModuleList(local[name]) if isinstance(local[name], list) else local[name]
+        states = (parts.state_dict(), kept) if isinstance(parts, nn.Module) else ({0: parts}, {0: kept})
+        assert states[0].keys() == states[1].keys() and all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+
 @pytest.mark.parametrize("script", ["l2p", "dualprompt"])
 def test_the_table_of_chosen_prompts(script):
     """In % of a session's test samples: how often each chose each prompt, or whose key."""
@@ -494,12 +519,12 @@ def test_folds_and_seeds_start_differently(script):
     """All that is drawn for a trial differs between two folds and two seeds; --weights none between the seeds."""
     drawn = {}
 
-    def note(run, fold, t, rows, scores, **others):
+    def note(run, fold, t, rows, scores, *losses, **others):
         local = main_locals()
         started = {name: value for name, (name, value, *_) in tensors(local).items()}
         started |= {name: local[name].clone() for name in ("projection",) if name in local}
         drawn[local["args"].seed, fold] = started
-        return record(run, fold, t, rows, scores, **others)
+        return record(run, fold, t, rows, scores, *losses, **others)
 
     record = protocols.Run.record
     few = [word for name in importlib.import_module(script).SETTINGS if name.startswith("epochs")
@@ -555,7 +580,7 @@ def test_what_a_session_starts_from(case):
             assert goes_on(v["head"], before["student_head"], OFFSET[t], v["d"])
             assert goes_on(student["student_head"], before["student_head"], OFFSET[t])
             expected = session.end["student_head"](session.end["student"](torch.cat(session.end["test_images"])))
-            assert torch.allclose(session.others["student"], expected, atol=1e-4)
+            assert torch.allclose(session.others["student"][0], expected, atol=1e-4)
 
 def test_ranpac_chooses_lambda_and_adds_up_as_dense_solves_do():
     generator, ridge, hs, ys = torch.Generator().manual_seed(0), ranpac.LowRankRidge(100), [], []
@@ -615,7 +640,7 @@ def test_every_tensor_is_on_the_device(script):
         for parameter in main_locals()["trained"]:
             parameter.grad = torch.zeros_like(parameter)
 
-    def record(run, fold, t, rows, scores, **others):
+    def record(run, fold, t, rows, scores, *losses, **others):
         shapes.append(scores.shape[1])
         sys.exit(0) if t == 1 else None
 
@@ -663,10 +688,10 @@ def test_cuda_is_near_the_cpu(script):
             yield from super().__iter__()
             torch.cuda.set_sync_debug_mode("default")
 
-    def note(run, fold, t, rows, scores, **others):
+    def note(run, fold, t, rows, scores, *losses, **others):
         where = [tensor.device.type for *_, tensor in tensors(main_locals()).values()]
         assert {scores.device.type, *where} == {DEVICE}
-        record(run, fold, t, rows, scores, **others)
+        record(run, fold, t, rows, scores, *losses, **others)
 
     few = {"epochs_first": "1", "epochs_next": "1", "batch": "4096"}
     few = {name: value for name, value in few.items() if name in importlib.import_module(script).SETTINGS}
@@ -690,7 +715,7 @@ def test_cuda_is_near_the_cpu(script):
 # ---- data, runs on disk, processes, mistakes: as a user starts a script ------------------------------------------
 TWO = ["--sessions", "casme2", "samm", "--device", "cpu"]
 PIXELS = ["controls.pixels", "--projected", "50", *TWO]
-SHORT = ["finetune", "--epochs-first", "1", "--epochs-next", "1", *TWO, "--folds", "0", "1"]
+SHORT = ["finetune", "--epochs-first", "1", "--epochs-next", "1", *TWO, "--folds", "0", "1", "--save"]
 TREE = [f"{s}_{e}/sub{i // 2:02d}_{i}.png" for s in TWO[1:3] for e in ("happiness", "others") for i in range(2, 10)]
 STUB = """
 import numpy, common, data, helper, protocols, rch
@@ -704,7 +729,8 @@ def main():
             rows.add_session(session.emotions)
             tested += len(test)
             scores = args.wild * random.randn(tested, len(rows.row_emotion))
-            run.record(fold, t, rows, scores, second=-3 * scores)
+            run.record(fold, t, rows, scores, second=(-3 * scores, []))
+        run.save(fold, last=data.torch.from_numpy(scores))
     run.summary()
 
 if __name__ == "__main__":
@@ -856,7 +882,8 @@ def test_an_exported_stream_and_a_new_dataset(monkeypatch):
         put("tree", {key: png(image) for key, image in zip(session.keys, session.images.transpose(0, 2, 3, 1))})
     made, read = works(*PIXELS, "--out", "a"), works(*PIXELS, "--data", "tree", "--preset", "tiny", "--out", "b")
     assert numbers("a", "identity") == numbers("b", "identity")
-    assert "Synthetic stream" in made and "casme2 246 of 246, samm 136 of 136" in read and "Synthetic" not in read
+    assert "Synthetic stream" in made and "Synthetic" not in read
+    assert "casme2 246 of 246, subjects 26 of 26; samm 136 of 136, subjects 27 of 27\n" in read
     # What a backbone gets: the images stretched to its size, and normalised by its own mean and std.
     backbone = argparse.Namespace(image_size=24, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     args = argparse.Namespace(data="tree", sessions=["samm"], device=torch.device("cpu"), preset="paper")
@@ -872,7 +899,8 @@ def test_an_exported_stream_and_a_new_dataset(monkeypatch):
         assert "smic cannot be made up" in one_line(*PIXELS, "--sessions", "smic")
     put("new", [f"smic_{emotion}/{i}.png" for emotion in ("sad", "surprise") for i in range(8)])
     screen = works(*PIXELS, "--sessions", "smic", "--data", "new", "--folds", "0")
-    assert "smic 16 of ?" in screen and folds_in("results")[0]["emotions"].tolist() == ["surprise", "sad"]
+    assert "smic 16 of ?, subjects 8 of 3" in screen
+    assert folds_in("results")[0]["emotions"].tolist() == ["surprise", "sad"]
 
 @pytest.mark.parametrize("protocol, names", [("ilcv", NAMES), ("loso", ["casme2"])])
 def test_every_number_printed_or_kept(protocol, names):
@@ -910,7 +938,7 @@ def test_every_number_printed_or_kept(protocol, names):
             line, expected = lines[count * fold + t], 100 * np.array(cells)[[0, 3, 4, 7, 1, 2]]
             assert line[:3] == [str(fold), session.name, str(len(words))]
             assert np.allclose(np.float64(line[3:9]), expected, atol=0.051), line
-            assert float(line[9]) == saved["seconds"][t] == 4 * (count * fold + t) + 1
+            assert line[9] == "-" and float(line[10]) == saved["seconds"][t] == 4 * (count * fold + t) + 1
     assert len(lines) == count * len(files) and len(files) == (5 if protocol == "ilcv" else 8)
     pooled = {key: [np.concatenate(arrays) for arrays in zip(*folds)] for key, folds in found.items()}
     percent, expected = lambda true, answers, *_: 100 * np.mean(true == answers), []
@@ -930,7 +958,7 @@ def test_every_number_printed_or_kept(protocol, names):
     assert abs(expected[0][1] - np.array(expected[-1 if protocol == "loso" else 2][1])).max() > 1  # they do differ
     header, words = "S1 casme2 S2 samm S3 mmew S4 casme3 avg last", " ".join(screen.split())
     assert (header if protocol == "ilcv" else "pooled over subjects accuracy UF1 UAR") in words
-    assert "emotions acc(sum) acc(prob) second(sum) second(prob) UF1 UAR seconds" in words
+    assert "emotions acc(sum) acc(prob) second(sum) second(prob) UF1 UAR loss seconds" in words
 
 def test_a_run_is_what_its_numbers_depend_on(monkeypatch):
     """Each change alone, against the same first run: fold 0 is kept where it must be, else made in another folder."""
@@ -1097,20 +1125,21 @@ def test_the_tiny_preset_takes_one_thread_of_a_cpu(monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_stopped_anywhere_a_run_goes_on_to_the_undisturbed_numbers():
-    """SIGKILL in training, in evaluation and at each step of writing a file; a full disk; Ctrl-C."""
-    # Per fold 7 + 4 steps, 2 tests, 1 file; before them one pass measures the network, run.json is written.
+    """SIGKILL in training, in evaluation and at each step of writing a file; a full disk; Ctrl-C. With --save."""
+    # Per fold 7 + 4 steps, 2 tests, 2 files; before them one pass measures the network, run.json is written.
     jobs = [("training", 0, 0), ("training", 8, 0), ("training", 9, 0), ("evaluation", 1, 0), ("evaluation", 2, 0),
-            ("evaluation", 4, 1), ("half", 0, 0), ("half", 1, 0), ("written", 2, 1), ("renamed", 1, 1),
-            ("written", 2, 1, OSError(28, "No space left on device"), 1, "error: .*No space left on device\n"),
+            ("evaluation", 4, 1), ("half", 0, 0), ("half", 2, 0), ("written", 3, 1), ("renamed", 1, 0),
+            ("written", 3, 1, OSError(28, "No space left on device"), 1, "error: .*No space left on device\n"),
             ("training", 15, 1, KeyboardInterrupt(), 130, "\ninterrupted; .*\n")]
     works(*SHORT, "--out", "whole")
     halves = [process("-c", f"import test_all; test_all.stop_and_go_on({jobs[half::2]})") for half in (0, 1)]
     for half in halves:  # autograd wants a process of its own before a fork
         out, errors = half.communicate()
         assert out == "0 0\n" * (len(jobs) // 2), (out, errors)
-    status, screen, errors = start(*SHORT, "--lr", "1e30", "--folds", "3", "--out", "diverged")
-    assert status == 1 and re.fullmatch("error: fold 3, casme2: scores are not finite.*\n", errors)
-    assert not lines_of(screen)[0] and not stamps("diverged")
+    for lr, words in (("1e30", "the loss is not finite in step 2 of 7"), ("1e20", "")):
+        status, screen, errors = start(*SHORT, "--lr", lr, "--folds", "3", "--out", "diverged")
+        assert status == 1 and re.fullmatch(f"error: fold 3, casme2: {words}.*\n", errors), errors
+        assert not lines_of(screen)[0] and not stamps("diverged")
 
 def stop_and_go_on(jobs):
     """Of each (moment, count, folds kept[, error, status, words]): (0, 0) if the run ended so, and then went on."""

@@ -58,6 +58,7 @@ def main():
             head = nn.Linear(backbone.num_features, len(rows.emotions)).to(args.device)
 
             # ---- train ----
+            losses = []
             batches = common.batches(len(x), args.batch, args.epochs_first, args.device)  # indices (B,)
             trained = [*backbone.parameters(), *head.parameters()]
             optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay, fused=True)
@@ -67,6 +68,7 @@ def main():
                 with common.autocast(args):
                     logits = head(backbone(x[batch]))  # (B, E)
                 loss = F.cross_entropy(logits.float(), y[batch])
+                losses.append(loss.detach())
 
                 optimizer.zero_grad()
                 loss.backward()
@@ -79,7 +81,8 @@ def main():
             f = common.extract(backbone, torch.cat(test_images))  # (n, d)
             with torch.no_grad():
                 scores = head(f)  # (n, E)
-            run.record(fold, t, rows, scores)  # rows -> emotions -> accuracy
+            run.record(fold, t, rows, scores, losses)  # rows -> emotions -> accuracy
+        run.save(fold, backbone=backbone, head=head)  # with --save
     run.summary()
 
 

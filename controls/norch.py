@@ -57,6 +57,7 @@ def main():
             outside[rows.targets(session.emotions)] = 0
 
             # ---- train ----
+            losses = []
             epochs = args.epochs_next if t > 0 else args.epochs_first
             batches = common.batches(len(x), args.batch, epochs, args.device)  # indices (B,)
             trained = [*backbone.parameters(), *heads.parameters()]
@@ -68,6 +69,7 @@ def main():
                     f = backbone(x[batch])  # (B, d)
                     logits = torch.cat([head(f) for head in heads], 1)  # (B, E)
                 loss = F.cross_entropy(logits.float() + outside, y[batch])
+                losses.append(loss.detach())
 
                 optimizer.zero_grad()
                 loss.backward()
@@ -80,7 +82,8 @@ def main():
             f = common.extract(backbone, torch.cat(test_images))  # (n, d)
             with torch.no_grad():
                 scores = torch.cat([head(f) for head in heads], 1)  # (n, R)
-            run.record(fold, t, rows, scores)  # rows -> emotions -> accuracy
+            run.record(fold, t, rows, scores, losses)  # rows -> emotions -> accuracy
+        run.save(fold, backbone=backbone, heads=heads)  # with --save
     run.summary()
 
 

@@ -70,6 +70,7 @@ def main():
             test_h.append(F.relu(common.extract(pixels, session.images[test]) @ projection))
             scores = to_float64(torch.cat(test_h)) @ weights  # (n, R)
             run.record(fold, t, rows, scores)  # rows -> emotions -> accuracy
+        run.save(fold, projection=projection, weights=weights)  # with --save
     run.summary()
 
 
