@@ -2,8 +2,8 @@
 
     python -m tools.prepare --raw RAW --out OUT --landmarks DIR [--sessions NAME ...] [--size 256] [--flow]
 
-Each usable row of a dataset's own annotation sheet (.xlsx or .csv) gives one image: the flow from its onset to its apex
-frame. RAW holds a folder per session, with the sheet and the clip folders anywhere below it, as they were unpacked:
+Each usable entry of a dataset's own annotation sheet (.xlsx or .csv) gives one image: the flow from its onset to its
+apex frame. RAW holds a folder per session, with the sheet and the clip folders anywhere below it, as unpacked:
     casme2  CASME2-coding-20140508.xlsx, CASME2_RAW_selected/sub01/EP02_01f/img46.jpg
             or Cropped/sub01/EP02_01f/reg_img46.jpg
     samm    SAMM_Micro_FACS_Codes_v2.xlsx, 006/006_1_2/006_05562.jpg
@@ -19,10 +19,10 @@ points as (x, y) in pixels of the frames, shape (68, 2), named as in the benchma
 casme2/sub01/EP02_01f.npy, samm/006/006_1_2.npy, mmew/happiness/S03-01-002/S03-01-002.npy, dfme/sub0003_01.npy,
 casme3/spNO.1/a/color/color.npy (one per recording). Of raw and cropped frames, the raw ones are used with landmarks.
 
-OUT gets <session>_<emotion>/sub<subject>_<clip>_onset<frame>_apex<frame>.png; folds.csv, the folds of all rows with a
-label of Table 1; report.csv, the rows left out, each with its reason; prepare.json, what the images depend on; with
---flow, .flow/<session>_<emotion>/<same name>.npy. A second run makes only the images that are missing, and several runs
-may fill one folder at once. A run with other settings is refused.
+OUT gets <session>_<emotion>/sub<subject>_<clip>_onset<frame>_apex<frame>.png; folds.csv, the folds of all entries with
+a label of Table 1; report.csv, the entries left out, each with its reason; prepare.json, what the images depend on;
+with --flow, .flow/<session>_<emotion>/<same name>.npy. A second run makes only what is missing, and several runs may
+fill one folder at once. A run with other settings is refused.
 """
 
 import contextlib
@@ -30,14 +30,13 @@ import csv
 import hashlib
 import io
 import json
-import math
 import os
 import re
 import sys
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -48,54 +47,72 @@ import data
 import protocols
 
 
-@dataclass
-class Source:
+class Source(NamedTuple):
     """A dataset as it is downloaded. Patterns are regular expressions for names in lower case."""
 
     title: str
     page: str  # where it is requested
-    sheets: tuple  # names of the annotation sheet, best first; a file's name may also just contain one
     clips: str  # end of a clip folder's or landmark file's path; groups: clip | subject, clip[, onset | , empty, apex]
-    usable: int  # rows of the official sheet that an image can be expected of
+    usable: int  # entries of the official sheet that an image can be expected of
+    sheets: tuple  # names of the annotation sheet, best first; a file's name may also just contain one
     copies: tuple = ()  # whole names of circulating copies of the sheet
     crop: bool = False  # whether the benchmark crops its raw frames
     skipped: str = ""  # folders passed by, for frames and for landmarks
     digits: int = 3  # of the subject in the images' names
-    renamed: dict = field(default_factory=dict)  # labels, beside data.ALIASES
+    renamed: dict = {}  # labels, beside data.ALIASES
     many: bool = False  # whether a clip is a recording of several expressions, told apart by their onset
 
 
 # fmt: off
 SOURCES = {  # a new dataset is one more record, beside that in data.DATASETS
-    "casme2": Source("CASME II", "http://casme.psych.ac.cn/casme/e2",
-                     ("CASME2-coding-20140508", "CASME2-coding-20190701", "CASME2-coding"),  # Table 1 counts the first
-                     r"sub(\d+)/(ep[\w-]+)", 244, ("CASME2",), crop=True, digits=2),
-    "samm": Source("SAMM", "http://www2.docm.mmu.ac.uk/STAFF/M.Yap/dataset.php",
-                   ("SAMM_Micro_FACS_Codes_v2", "Micro_FACS_Codes"), r"(\d{3}_\d+_\d+)", 134, ("SAMM",), crop=True),
-    "mmew": Source("MMEW", "http://www.dpailab.com/database.html", ("MMEW_Micro_Exp",), r"(s\d+-\d+-\d+)", 292,
-                   ("MMEW",), digits=2, skipped=r"macro.*",  # macro-expressions have the same clip names
+    "casme2": Source("CASME II", "http://casme.psych.ac.cn/casme/e2", r"sub(\d+)/(ep[\w-]+)", 244, crop=True, digits=2,
+                     sheets=("CASME2-coding-20140508", "CASME2-coding-20190701", "CASME2-coding"), copies=("CASME2",)),
+    "samm": Source("SAMM", "http://www2.docm.mmu.ac.uk/STAFF/M.Yap/dataset.php", r"(\d{3}_\d+_\d+)", 134, crop=True,
+                   sheets=("SAMM_Micro_FACS_Codes_v2", "Micro_FACS_Codes"), copies=("SAMM",)),
+    "mmew": Source("MMEW", "http://www.dpailab.com/database.html", r"(s\d+-\d+-\d+)", 292, digits=2,
+                   sheets=("MMEW_Micro_Exp",), copies=("MMEW",), skipped=r"macro.*",  # these have the same clip names
                    renamed={"repression": "others"}),  # the official page's word for what the sheet calls others
     "casme3": Source("CAS(ME)^3", "http://casme.psych.ac.cn/casme/e4",
-                     ("cas(me)3_part_A_ME_label_JpgIndex_v2", "part_A_ME_label_JpgIndex"),
                      r"spno\.?(\d+)/([a-z])/color(?:/color)?|spno\.?(\d+)_([a-z])_(\d+)|spno\.?(\d+)([a-z])()(\d+)",
-                     801, ("casme3_table",), many=True,
+                     801, many=True, copies=("casme3_table",),
+                     sheets=("cas(me)3_part_A_ME_label_JpgIndex_v2", "part_A_ME_label_JpgIndex"),
                      skipped=r"depth|(.*_)?mae(_.*)?|part_?[bc](_.*)?"),  # depth, macro-expressions, parts B and C
-    "dfme": Source("DFME", "https://mea-lab-421.github.io",
-                   ("training_full_with_AU", "coding"),  # the challenge's training part, that data.DATASETS counts
-                   r"(sub\d+_\d+)", 1856, crop=True, digits=4),
+    "dfme": Source("DFME", "https://mea-lab-421.github.io", r"(sub\d+_\d+)", 1856, crop=True, digits=4,
+                   sheets=("training_full_with_AU", "coding")),  # the challenge's training part
 }
-COLUMNS = {"subject": "subject", "filename": "clip", "onset": "onset", "apex": "apex",
-           "emotion": "emotion"}  # the sheet's word, without "estimated" and "frame": ours
-TABLES = {"folds.csv": ["session", "subject", "clip", "onset", "key", "slcv", "ilcv"],  # of all sessions: their columns
+# The sheet's word, without "estimated" and "frame": ours.
+COLUMNS = {"subject": "subject", "filename": "clip", "onset": "onset", "apex": "apex", "emotion": "emotion"}
+TABLES = {"folds.csv": ["session", "subject", "clip", "onset", "key", "slcv", "ilcv"],  # the columns of both files
           "report.csv": ["session", "subject", "clip", "onset", "apex", "emotion", "reason", "detail", "row"]}
 # fmt: on
-# The released benchmark's parameters of OpenCV's calcOpticalFlowFarneback.
 FARNEBACK = {"pyr_scale": 0.5, "levels": 3, "winsize": 15, "iterations": 3, "poly_n": 5, "poly_sigma": 1.2, "flags": 0}
-UNLISTED = ("emotion outside Table 1", "no subject or no file name")  # rows that folds.csv does not have
+NO_LABEL, NO_CLIP = "emotion outside Table 1", "no subject or no file name"  # of entries that folds.csv does not have
 CHIN, BROW, NOSE_TIP, LOWER_LIP = 8, 19, 30, 57  # of the 68 landmarks, counted from 0
 
 
 def main():
+    args = parse()
+    try:
+        import cv2
+    except ImportError:
+        sys.exit("error: prepare needs the package opencv-python-headless: pip install opencv-python-headless")
+    coding = hashlib.sha256(data.flow_to_image(np.random.RandomState(0).randn(1, 16, 16, 2))).hexdigest()  # by a sample
+    settings = dict(size=args.size, flow=args.flow, coding=coding, farneback=FARNEBACK, sessions={})
+    settings["versions"] = [{"opencv": cv2.__version__, "numpy": np.__version__, "pillow": PIL.__version__}]
+    entries = [entry for session in args.sessions for entry in survey(session, args, settings["sessions"])]
+    settle(args.out, settings)
+    write_folds(args.out, args.sessions, entries)  # before the images: an incomplete folder has its folds, too
+    usable = [entry for entry in entries if not entry["reason"]]
+    todo = [entry for entry in usable if not os.path.exists(os.path.join(args.out, entry["key"]))]
+    print(f"{args.out}: {len(usable) - len(todo)} images are there already, {len(todo)} to make", flush=True)
+    for entry in data.progress(todo, "images"):
+        entry["reason"], entry["detail"] = make_image(entry, args.out, args.size, args.flow)
+    write_folds(args.out, args.sessions, entries)
+    report(args.out, args.sessions, entries)
+
+
+def parse():
+    """The command line, checked. args.landmarks is the folder that holds the sessions' folders, or None."""
     p = common.parser(__doc__)
     p.add_argument("--raw", required=True, help="folder that holds the datasets as downloaded")
     p.add_argument("--out", required=True, help="folder to write: new, empty, or one to go on with")
@@ -120,66 +137,52 @@ def main():
         sys.exit(f"error: {args.landmarks}: holds none of the folders {names}, {found_in(args.landmarks)}; see --help")
     for session in args.crop + args.whole:
         no_crop = session in args.whole or not session_folder(args.landmarks, session)
-        if session not in args.sessions or session in args.crop and no_crop:
+        if session not in args.sessions or (session in args.crop and no_crop):
             sys.exit(f"error: --crop or --whole {session}: not in --sessions, in both, or without landmarks to crop by")
-    try:
-        import cv2
-    except ImportError:
-        sys.exit("error: prepare needs the package opencv-python-headless: pip install opencv-python-headless")
-
-    versions = {"opencv": cv2.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
-    code = hashlib.sha256(data.flow_to_image(np.random.RandomState(0).randn(1, 16, 16, 2))).hexdigest()  # by a sample
-    settings = dict(size=args.size, flow=args.flow, coding=code, farneback=FARNEBACK, versions=[versions], sessions={})
-    rows = [row for session in args.sessions for row in survey(session, args, settings["sessions"])]
-    settle(args.out, settings)
-    write_folds(args.out, args.sessions, rows)  # before the images: a folder that is not complete has its folds, too
-    usable = [row for row in rows if not row["reason"]]
-    todo = [row for row in usable if not os.path.exists(os.path.join(args.out, row["key"]))]
-    print(f"{args.out}: {len(usable) - len(todo)} images are there already, {len(todo)} to make", flush=True)
-    for row in data.progress(todo, "images"):
-        row["reason"], row["detail"] = make_image(row, args.out, args.size, args.flow)
-    write_folds(args.out, args.sessions, rows)
-    report(args.out, args.sessions, rows)
+    return args
 
 
 # ---- what is there ---------------------------------------------------------------------------------------------------
 def survey(session, args, settings):
-    """The rows of a session's sheet, with all that is known before a frame is read; fills in settings[session]."""
+    """The entries of a session's sheet, with all that is known before a frame is read; fills in settings[session]."""
     source, root = SOURCES[session], session_folder(args.raw, session)
     if root is None:
         sys.exit(f"error: {args.raw}: no folder {session} ({source.page}), {found_in(args.raw)}; see --sessions")
     folders, files = explore(session, root)
     sheet = find_sheet(session, root, files)
-    rows = read_sheet(session, sheet)
-    judge(session, rows)
+    entries = read_sheet(session, sheet)
+    judge(session, entries)
     if not folders:
         sys.exit(f"error: {root}: no clip folders of {source.title} ({source.page}), {found_in(root)}; see --help")
-    wanted = session in args.crop or source.crop and session not in args.whole
-    place = wanted and session_folder(args.landmarks, session)
-    marks = find_landmarks(session, place) if place else {}
-    kinds = {"raw": {}, "cropped": {}}
+
+    wanted = session in args.crop or (source.crop and session not in args.whole)
+    place = session_folder(args.landmarks, session) if wanted else None
+    landmarks = find_landmarks(session, place) if place else {}
+    kinds = {"raw": [], "cropped": []}
     for key, path in folders:
-        kinds["cropped" if "crop" in os.path.relpath(path, root).lower() else "raw"].setdefault(key, []).append(path)
-    # Cropped frames are faces already; the landmarks of the released benchmark were measured in raw frames.
-    kind, other = sorted(kinds, key=lambda kind: (not kinds[kind], (kind == "raw") != bool(marks)))
-    clips, twice = kinds[kind], sum(len(paths) > 1 for paths in kinds[kind].values())
-    marks = marks if kind == "raw" or session in args.crop else {}
-    for row in rows:
-        row |= {"folder": of_clip(clips, row), "crop": bool(marks), "marks": of_clip(marks, row)}
-    for name, index in {"folder": clips, "marks": marks}.items():
-        if index and not any(row[name] for row in rows if not row["reason"]):
-            sys.exit(f"error: {sheet}: no usable row is of a clip that is there, found {next(iter(index.values()))[0]}")
-    sheet_place, crop = os.path.relpath(sheet, root), "landmarks" if marks else "whole frame"
+        kinds["cropped" if "crop" in os.path.relpath(path, root).lower() else "raw"].append((key, path))
+    kind, other = ("raw", "cropped") if landmarks else ("cropped", "raw")
+    if not kinds[kind]:
+        kind, other = other, kind
+    clips = dict(reversed(kinds[kind]))  # of several folders of a clip the first
+    if kind == "cropped" and session not in args.crop:
+        landmarks = {}  # these are faces already, and the benchmark's landmarks were measured in raw frames
+    for entry in entries:
+        entry |= {"folder": of_clip(clips, entry), "crop": bool(landmarks), "landmarks": of_clip(landmarks, entry)}
+    for name, paths in (("folder", clips), ("landmarks", landmarks)):
+        if paths and not any(entry[name] for entry in entries if not entry["reason"]):
+            sys.exit(f"error: {sheet}: no usable entry is of a clip that is there, found {min(paths.values())}")
+
+    sheet_place, crop = os.path.relpath(sheet, root), "landmarks" if landmarks else "whole frame"
     settings[session] = {"sheet": sheet_place, "sheet_sha256": sha256([sheet]), "frames": kind, "crop": crop}
-    settings[session]["landmarks_sha256"] = sha256([paths[0] for paths in marks.values()]) if marks else None
-    print(f"{session}: {len(rows)} rows in {sheet_place}, {len(clips)} clip folders of {kind} frames"
-          + f" (the {other} ones are not used)" * bool(kinds[other])
-          + f" ({twice} clips are in several folders, the first is used)" * bool(twice)
-          + f", {crop}", flush=True)  # fmt: skip
-    if wanted and kind == "raw" and not marks:
+    settings[session]["landmarks_sha256"] = sha256(landmarks.values()) if landmarks else None
+    found = f"{len(entries)} entries in {sheet_place}, {len(clips)} clip folders of {kind} frames"
+    unused = f"not used: {len(kinds[other])} of {other} ones, {len(kinds[kind]) - len(clips)} doubles"
+    print(f"{session}: {found} ({unused}), {crop}", flush=True)
+    if wanted and kind == "raw" and not landmarks:
         print(f"warning: {session}: its raw frames stay whole, the benchmark crops them by --landmarks DIR/{session}")
-    assign_folds(session, sorted((row for row in rows if row["reason"] not in UNLISTED), key=fold_order))
-    return rows
+    assign_folds(session, sorted((e for e in entries if e["reason"] not in (NO_LABEL, NO_CLIP)), key=fold_order))
+    return entries
 
 
 def plain(text):
@@ -208,21 +211,21 @@ def explore(session, root, enter_clips=False):
     for folder, children, names in os.walk(root, followlinks=True):
         files += [os.path.join(folder, name) for name in names]
         seen = [name for name in children if name[0] not in "._" and not re.fullmatch(skipped, name.lower())]
-        keys = {name: clip_key(session, os.path.join(folder, name)) for name in sorted(seen)}
+        keys = {name: clip_key(session, os.path.join(folder, name)) for name in seen}
         clips += [(key, os.path.join(folder, name)) for name, key in keys.items() if key]
-        children[:] = [name for name, key in keys.items() if enter_clips or not key]  # CAS(ME)^3 has millions of frames
+        children[:] = [name for name in seen if enter_clips or not keys[name]]  # CAS(ME)^3 has millions of frames
     return sorted(clips, key=lambda clip: clip[1]), sorted(files)
 
 
 def find_landmarks(session, place):
-    """{clip_key: [path]} of the landmark files below `place`."""
-    marks = {}
+    """{clip_key: path} of the landmark files below `place`."""
+    landmarks = {}
     for path in explore(session, place, enter_clips=True)[1]:
         if path.lower().endswith(".npy") and (key := clip_key(session, path[:-4])):
-            if key in marks:
-                sys.exit(f"error: two landmark files for one clip, keep one: {marks[key][0]}, {path}")
-            marks[key] = [path]
-    return marks or sys.exit(f"error: {place}: no landmark files, {found_in(place)}; see --help for their names")
+            if key in landmarks:
+                sys.exit(f"error: two landmark files for one clip, keep one: {landmarks[key]}, {path}")
+            landmarks[key] = path
+    return landmarks or sys.exit(f"error: {place}: no landmark files, {found_in(place)}; see --help for their names")
 
 
 def clip_key(session, path):
@@ -231,11 +234,11 @@ def clip_key(session, path):
     return match and tuple(int(group) if group.isdigit() else group for group in match.groups() if group is not None)
 
 
-def of_clip(index, row):
-    """The first path that `index` {clip_key: paths} has for a row's clip, or None."""
-    key = (row["subject"], row["clip"].lower(), row["onset"])
-    keys = (key, (*key[:2], "", row["apex"]), key[:2], key[1:2])
-    return next((index[key][0] for key in keys if key in index), None)
+def of_clip(paths, entry):
+    """The one of `paths` {clip_key: path} that is of an entry's clip, or None."""
+    subject, clip, onset = entry["subject"], entry["clip"].lower(), entry["onset"]
+    keys = ((subject, clip, onset), (subject, clip, "", entry["apex"]), (subject, clip), (clip,))
+    return next((paths[key] for key in keys if key in paths), None)
 
 
 # ---- the annotation sheet --------------------------------------------------------------------------------------------
@@ -245,150 +248,150 @@ def find_sheet(session, root, files):
     tables = [path for path in files if re.fullmatch(r"[^.~].*\.(xlsx?|csv)", os.path.basename(path).lower())]
     for path in tables:
         stem, extension = os.path.splitext(os.path.basename(path).lower())
-        for place, sheet in enumerate(map(plain, source.sheets + source.copies)):
-            fits = sheet == plain(stem) or sheet in plain(stem) and place < len(source.sheets)
+        for place, name in enumerate(source.sheets + source.copies):
+            same = plain(name) == plain(stem)
+            fits = same or (name in source.sheets and plain(name) in plain(stem))
             if fits and extension != ".xls":  # the very name goes first, and an .xlsx before its .csv
-                ranks.setdefault(path, (place, plain(stem) != sheet, extension == ".csv"))
+                ranks.setdefault(path, (place, not same, extension == ".csv"))
     best = [path for path in ranks if ranks[path] == min(ranks.values())]
     if not best:
         found = ", ".join(map(os.path.basename, tables)) or "no table at all"
         sys.exit(f"error: {root}: no annotation sheet {source.sheets[0]}.xlsx or .csv (save an .xls as .xlsx),"
                  f" found {found}; {source.title} is requested at {source.page}")  # fmt: skip
-    if len({sha256([path]) for path in best}) > 1:
+    if len({Path(path).read_bytes() for path in best}) > 1:
         sys.exit(f"error: {root}: several sheets could be the right one, keep one: {', '.join(best)}")
     return best[0]
 
 
-def read_sheet(session, path):
-    """The rows of an annotation sheet, dicts: session, the values of COLUMNS (stripped texts), row (counted from 1)."""
-    extension, source, seen = os.path.splitext(path)[1], SOURCES[session], "no cell Subject"
+def read_tables(path):
+    """The tables in a file, lists of lines of cells: a workbook's worksheets, or a .csv read by each delimiter."""
     try:
-        if extension.lower() == ".csv":
+        if path.lower().endswith(".csv"):
             lines = Path(path).read_text("utf-8-sig", errors="replace").splitlines(keepends=True)
-            tables = [list(csv.reader(lines, delimiter=delimiter)) for delimiter in ",;\t"]  # one finds the columns
-        else:
-            import openpyxl
+            return [list(csv.reader(lines, delimiter=delimiter)) for delimiter in ",;\t"]
+        import openpyxl
 
-            warnings.filterwarnings("ignore", module="openpyxl")  # about features of Excel that it does not know
-            book = openpyxl.load_workbook(path, data_only=True)
-            tables = [list(table.iter_rows(values_only=True)) for table in book.worksheets]
-    except ImportError:
-        sys.exit(f"error: {path}: reading it needs the package openpyxl: pip install openpyxl")
+        warnings.filterwarnings("ignore", module="openpyxl")  # about features of Excel that it does not know
+        book = openpyxl.load_workbook(path, data_only=True)
+        return [list(table.iter_rows(values_only=True)) for table in book.worksheets]
     except Exception as error:  # openpyxl lets through whatever its parsers raise
-        sys.exit(f"error: {path}: not a readable {extension} file ({' '.join(str(error).split())})")
-    for table in tables:
-        places, rows = {}, []  # places: {our word: column}
-        for number, cells in enumerate(table, 1):
-            cells = ["" if cell is None else str(cell).strip() for cell in cells]
-            if len(places) == len(COLUMNS):
-                row = {word: (cells + [""] * (i + 1))[i] for word, i in places.items()}
-                rows += [{"session": session, **row, "row": number}] * any(row.values())
-            else:  # the header is still to come; the first of two columns with one name counts
-                names = [COLUMNS.get(re.sub("^estimated|frame$", "", plain(cell))) for cell in cells]
-                places = {word: names.index(word) for word in names if word}
-                seen = "only the columns " + ", ".join(filter(None, cells)) if "subject" in names else seen
-        if len(places) == len(COLUMNS):
-            return rows
-    sys.exit(f"error: {path}: has {seen}; needed: Subject, Filename, Onset[Frame], Apex[Frame], [Estimated]"
+        sys.exit(f"error: {path}: not readable ({' '.join(str(error).split())}); an .xlsx needs pip install openpyxl")
+
+
+def read_sheet(session, path):
+    """The entries of a sheet, dicts: session, the values of COLUMNS (stripped texts), row (its line, from 1)."""
+    source, found = SOURCES[session], "no cell Subject"
+    for table in read_tables(path):
+        lines = [["" if cell is None else str(cell).strip() for cell in line] for line in table]
+        for above, line in enumerate(lines, 1):
+            header = [COLUMNS.get(re.sub("^estimated|frame$", "", plain(cell))) for cell in line]
+            if set(COLUMNS.values()) <= set(header):
+                entries = []
+                for number, cells in enumerate(lines[above:], above + 1):
+                    cells += [""] * len(header)  # a line of a .csv may end early
+                    entry = {word: cells[header.index(word)] for word in COLUMNS.values()}  # of equal columns the first
+                    if any(entry.values()):
+                        entries.append({"session": session, **entry, "row": number})
+                return entries
+            if "subject" in header:
+                found = "only the columns " + ", ".join(filter(None, line))
+    sys.exit(f"error: {path}: has {found}; needed: Subject, Filename, Onset[Frame], Apex[Frame], [Estimated]"
              f" Emotion, as in the sheet of {source.title} ({source.page})")  # fmt: skip
 
 
-def judge(session, rows):
-    """Normalise the rows in place; add the image's key, or the reason why the sheet alone rules a row out."""
-    source, seen = SOURCES[session], {}
-    for row in rows:
-        word, subject = row["emotion"].lower(), re.search(r"\d+", row["subject"])
-        row["emotion"] = (data.ALIASES | source.renamed).get(word, word) or "(blank)"
-        row["subject"] = int(subject.group()) if subject else row["subject"]
-        for name in ("onset", "apex"):
-            frame = re.fullmatch(r"(\d+)(\.0*)?", row[name])
-            row[name] = int(frame.group(1)) if frame else ""
-        onset, apex = row["onset"], row["apex"]
-        clip = (row["subject"], row["clip"].lower(), onset if source.many else None)
-        reasons = {  # the first that holds; wrong rows are never repaired: the sheets' copies do so and disagree
-            UNLISTED[0]: row["emotion"] not in data.DATASETS[session].emotions,
-            UNLISTED[1]: not subject or not row["clip"],
-            "onset or apex is not a number": "" in (onset, apex),
-            "apex before onset": "" not in (onset, apex) and apex < onset,  # behind the offset: the frames tell
-            "onset = apex": onset == apex,
-            "same clip as another row": clip in seen,
-        }
-        row["reason"] = next((reason for reason, holds in reasons.items() if holds), "")
-        row["detail"] = f"row {seen[clip]} is used" if row["reason"] == "same clip as another row" else ""
-        if not row["reason"]:
-            seen[clip] = row["row"]
-            name = re.sub(r"[^\w.-]", "-", row["clip"])
-            name = f"sub{row['subject']:0{source.digits}d}_{name}_onset{onset}_apex{apex}.png"
-            row["key"] = f"{session}_{row['emotion']}/{name}"
+def judge(session, entries):
+    """Normalise the entries in place; add the image's key, or the reason why the sheet alone rules an entry out."""
+    source, used = SOURCES[session], {}
+    for entry in entries:
+        word, digits = entry["emotion"].lower(), re.search(r"\d+", entry["subject"])
+        emotion = (data.ALIASES | source.renamed).get(word, word) or "(blank)"
+        subject = int(digits.group()) if digits else entry["subject"]
+        frames = [re.fullmatch(r"(\d+)(\.0*)?", entry[name]) for name in ("onset", "apex")]
+        onset, apex = (int(frame.group(1)) if frame else "" for frame in frames)
+        entry |= {"emotion": emotion, "subject": subject, "onset": onset, "apex": apex, "reason": ""}
+        clip = (subject, entry["clip"].lower(), onset if source.many else None)
+        # Wrong entries are never repaired: the sheets' copies do so, and disagree. The offset is not looked at.
+        if emotion not in data.DATASETS[session].emotions:
+            entry["reason"] = NO_LABEL
+        elif not digits or not entry["clip"]:
+            entry["reason"] = NO_CLIP
+        elif "" in (onset, apex):
+            entry["reason"] = "onset or apex is not a number"
+        elif apex <= onset:
+            entry["reason"] = "apex before onset" if apex < onset else "onset = apex"
+        elif clip in used:
+            entry["reason"], entry["detail"] = "same clip as another entry", f"line {used[clip]} of the sheet is used"
+        else:
+            used[clip] = entry["row"]
+            name = re.sub(r"[^\w.-]", "-", entry["clip"])
+            entry["key"] = f"{session}_{emotion}/sub{subject:0{source.digits}d}_{name}_onset{onset}_apex{apex}.png"
 
 
 # ---- from two frames to an image -------------------------------------------------------------------------------------
-def make_image(row, out, size, keep_flow):
-    """Write a row's flow image. Returns "", "" or, where there is none, the reason and its detail."""
-    import cv2
-
-    folder, files, images, path = row["folder"], {}, [], os.path.join(out, row["key"])
+def make_image(entry, out, size, keep_flow):
+    """Write an entry's image, and its flow if asked. Returns "", "" or, if there is none, the reason and its detail."""
+    folder, files, frames, path = entry["folder"], {}, [], os.path.join(out, entry["key"])
     if os.path.exists(path):  # another run has made it meanwhile
         return "", ""
     if folder is None:
         return "no clip folder", ""
     for name in sorted(os.listdir(folder)):
-        stem, extension = os.path.splitext(name)
-        numbers = re.findall(r"\d+", stem)  # the last one is the frame's, whatever its padding
-        if numbers and name[0] != "." and extension.lower() in data.IMAGE_TYPES:
+        numbers = re.findall(r"\d+", os.path.splitext(name)[0])  # the last one is the frame's, whatever its padding
+        if numbers and name[0] != "." and name.lower().endswith(data.IMAGE_TYPES):
             files.setdefault(int(numbers[-1]), []).append(os.path.join(folder, name))
     for name in ("onset", "apex"):
-        found = files.get(row[name], [])
+        found = files.get(entry[name], [])
         if len(found) != 1:
-            return f"{name} frame {'found twice' if found else 'missing'}", f"frame {row[name]} in {folder}"
+            return f"{name} frame {'found twice' if found else 'missing'}", f"frame {entry[name]} in {folder}"
         try:
-            images.append(Image.open(found[0]).convert("L"))
+            frames.append(Image.open(found[0]).convert("L"))
         except Exception:  # a damaged file can raise almost anything
             return f"{name} frame cannot be decoded", found[0]
-    if images[0].size != images[1].size:
+    if frames[0].size != frames[1].size:
         return "onset and apex frame differ in size", folder
-    if row["crop"] and not row["marks"]:
+    if entry["crop"] and not entry["landmarks"]:
         return "no landmarks", ""
-    if row["crop"]:
+    if entry["crop"]:
         try:
-            box = crop_box(np.asarray(np.load(row["marks"])), *images[0].size)
+            box = crop_box(np.load(entry["landmarks"]), *frames[0].size)
         except Exception as error:  # and so can this one
             return "landmarks cannot be used", " ".join(str(error).split())
-        images = [image.crop(box) for image in images]
-    # Flow at the frames' own resolution, as in the released benchmark: a stretched frame would change its directions.
-    onset, apex = map(np.asarray, images)
-    if np.array_equal(onset, apex):
+        frames = [frame.crop(box) for frame in frames]
+    if np.array_equal(*frames):
         return "onset and apex frame are the same", folder
-    flow = cv2.calcOpticalFlowFarneback(onset, apex, None, **FARNEBACK)  # (H, W, 2), x to the right, y down
-    coded, npy, png = data.flow_to_image(flow[None])[0].transpose(1, 2, 0), io.BytesIO(), io.BytesIO()
-    Image.fromarray(coded).resize((size, size), Image.Resampling.BILINEAR).save(png, "PNG")
+    flow = optical_flow(*frames)  # at their own resolution, as in the benchmark: stretching would change directions
+    npy, png, coded = io.BytesIO(), io.BytesIO(), data.flow_to_image(flow[None])[0].transpose(1, 2, 0)
     np.save(npy, flow)
-    kept = [(os.path.join(out, ".flow", row["key"][:-4] + ".npy"), npy)] * keep_flow  # hidden: no folder of images
-    for place, file in [*kept, (path, png)]:  # where the image is, the flow is too
+    Image.fromarray(coded).resize((size, size), Image.Resampling.BILINEAR).save(png, "PNG")
+    kept = {os.path.join(out, ".flow", entry["key"][:-4] + ".npy"): npy} if keep_flow else {}
+    for place, file in (kept | {path: png}).items():  # where the image is, the flow is too
         os.makedirs(os.path.dirname(place), exist_ok=True)
         protocols.write(place, file.getvalue())
     return "", ""
 
 
+def optical_flow(onset, apex):
+    """The flow between two grey images (H, W) uint8: (H, W, 2) float32 in pixels, x to the right and y down."""
+    import cv2
+
+    return cv2.calcOpticalFlowFarneback(np.asarray(onset), np.asarray(apex), None, **FARNEBACK)
+
+
 def crop_box(points, width, height):
-    """The face in a frame of width x height pixels: (left, top, right, bottom), cut off at the frame's edges.
+    """The face in a frame of width x height pixels: [left, top, right, bottom], cut off at the frame's edges.
 
     points: 68 landmarks (68, 2) as (x, y) in pixels. The box is a square around the tip of the nose. Its side is the
     released benchmark's: the height from brow to chin plus that from lower lip to chin. (The benchmark reads the centre
     as (y, x), which moves the crop off the face.) ValueError if the points cannot belong to the frame.
     """
-    if points.shape != (68, 2) or not np.isfinite(points).all():
-        raise ValueError(f"shape {points.shape} or values, needed (68, 2) and finite")
     # A chin may lie a little below the frame; points measured in other frames lie far outside.
-    if (abs(points / (width, height) - 0.5) > 0.6).any():
-        raise ValueError(f"points lie outside of the frame of {width} x {height} pixels")
+    if points.shape != (68, 2) or not (abs(points / (width, height) - 0.5) <= 0.6).all():
+        raise ValueError(f"points {points.shape}, not (68, 2) or outside of the frame of {width} x {height} pixels")
     x, y = points[NOSE_TIP]
     half = (2 * points[CHIN, 1] - points[BROW, 1] - points[LOWER_LIP, 1]) / 2
-    left, right = max(0, math.floor(x - half)), min(width, math.floor(x + half))
-    top, bottom = max(0, math.floor(y - half)), min(height, math.floor(y + half))
-    if right <= left or bottom <= top:
+    if half < 1:
         raise ValueError("the chin is not below the brow and the lip")
-    return left, top, right, bottom
+    return np.floor((x - half, y - half, x + half, y + half)).clip(0, (width, height) * 2).astype(int).tolist()
 
 
 # ---- the files that tell of all sessions -----------------------------------------------------------------------------
@@ -408,10 +411,10 @@ def assign_folds(session, lines):
         print(f"folds.csv gets no lines of {session}: {error}", flush=True)
 
 
-def write_folds(out, sessions, rows):
-    """Write folds.csv: the rows that have folds, with the key of the image where there is, or will be, one."""
-    rows = sorted((row for row in rows if "ilcv" in row), key=fold_order)
-    lines = [row | {"clip": row["clip"].lower(), "key": "" if row["reason"] else row["key"]} for row in rows]
+def write_folds(out, sessions, entries):
+    """Write folds.csv: the entries that have folds, with the key of the image where there is, or will be, one."""
+    entries = sorted((entry for entry in entries if "ilcv" in entry), key=fold_order)
+    lines = [e | {"clip": e["clip"].lower(), "key": "" if e["reason"] else e["key"]} for e in entries]
     if lines:
         write_table(out, "folds.csv", sessions, lines)
 
@@ -434,35 +437,28 @@ def settle(out, settings):
         sys.exit(f"error: {out}: not a folder that prepare made; --out takes a new or empty one, or one to go on with")
     with lock(out):
         read_table(out, "report.csv")  # if it cannot be read, now is the time to say so
-        try:
-            old = json.loads(Path(path).read_text("utf-8")) if os.path.exists(path) else settings
-            names = ("size", "flow", "coding", "farneback")
-            pairs = [(name, old.get(name, settings[name]), settings[name]) for name in names]  # value in OUT, value now
-            for session, now in settings["sessions"].items():
-                before = old["sessions"].get(session, now)
-                pairs += [(f"{session} {name}", before[name], now[name]) for name in now if name != "sheet"]
-            settings["sessions"] = old["sessions"] | settings["sessions"]
-            settings["versions"] = old["versions"] + [v for v in settings["versions"] if v not in old["versions"]]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            sys.exit(f"error: {path}: not readable as what prepare writes; use another --out")
-        for name, before, now in pairs:
-            if before != now:
-                sys.exit(f"error: {out}: was made with {name} {before}, this is {now}; use another --out")
+        old = json.loads(Path(path).read_text("utf-8")) if os.path.exists(path) else settings
+        parts = {"": old} | old["sessions"]
+        for part, now in ({"": settings} | settings["sessions"]).items():
+            before = parts.get(part, now)
+            for name in now:
+                if name not in ("sessions", "versions", "sheet") and before[name] != now[name]:
+                    change = f"{part} {name} {before[name]}, this is {now[name]}".strip()
+                    sys.exit(f"error: {out}: was made with {change}; use another --out")
+        settings["sessions"] = old["sessions"] | settings["sessions"]
+        settings["versions"] = old["versions"] + [v for v in settings["versions"] if v not in old["versions"]]
         protocols.write(path, json.dumps(settings, indent=1).encode())
 
 
 def read_table(out, name):
     """The lines of one of OUT's TABLES, dicts; none if there is none."""
     path = os.path.join(out, name)
-    try:
-        reader = csv.DictReader(io.StringIO(Path(path).read_bytes().decode(), newline=""))
-        if reader.fieldnames != TABLES[name]:
-            raise ValueError("other columns")
-        return list(reader)
-    except FileNotFoundError:
+    if not os.path.exists(path):
         return []
-    except (ValueError, csv.Error) as error:
-        sys.exit(f"error: {path}: not readable as what prepare writes ({error}); delete it and run again")
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        if file.readline().strip() != ",".join(TABLES[name]):  # saved by a spreadsheet program
+            sys.exit(f"error: {path}: not readable as what prepare writes; delete it and run again")
+        return list(csv.DictReader(file, TABLES[name]))
 
 
 def write_table(out, name, sessions, lines):
@@ -476,22 +472,22 @@ def write_table(out, name, sessions, lines):
         protocols.write(os.path.join(out, name), text.getvalue().encode())
 
 
-def report(out, sessions, rows):
+def report(out, sessions, entries):
     """Write report.csv, and print counts per emotion and per reason."""
-    dropped = [row for row in rows if row["reason"]]
+    dropped = [entry for entry in entries if entry["reason"]]
     write_table(out, "report.csv", sessions, dropped)
     print(f"{'session':8s} {'emotion':12s} {'sheet':>7s} {'Table 1':>7s} {'usable':>7s} {'expected':>8s}")
     for session in sessions:
-        known, own = data.DATASETS[session].emotions, [row for row in rows if row["session"] == session]
-        sheet = Counter(row["emotion"] for row in own)
-        usable = Counter(row["emotion"] for row in own if not row["reason"])
+        known, own = data.DATASETS[session].emotions, [entry for entry in entries if entry["session"] == session]
+        sheet = Counter(entry["emotion"] for entry in own)
+        usable = Counter(entry["emotion"] for entry in own if not entry["reason"])
         counts = {word: [sheet[word], sheet[word] * (word in known), usable[word]] for word in [*known, *sorted(sheet)]}
         counts["all"] = [sum(column) for column in zip(*counts.values())] + [SOURCES[session].usable]
         for word, numbers in counts.items():
             print(f"{session:8s} {word:12s}" + "".join(f" {number:7d}" for number in numbers))
-    for (session, reason), count in sorted(Counter((row["session"], row["reason"]) for row in dropped).items()):
-        print(f"left out: {count:5d} rows of {session}: {reason}")
-    print(f"{os.path.join(out, 'report.csv')}: the {len(dropped)} rows that were left out, each with its reason")
+    for (session, reason), count in sorted(Counter((entry["session"], entry["reason"]) for entry in dropped).items()):
+        print(f"left out: {count:5d} entries of {session}: {reason}")
+    print(f"{os.path.join(out, 'report.csv')}: the {len(dropped)} entries that were left out, each with its reason")
 
 
 if __name__ == "__main__":

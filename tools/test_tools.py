@@ -11,13 +11,13 @@ import json
 import os
 import pathlib
 import re
+import runpy
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import threading
-import time
 import warnings
 from pathlib import Path
 
@@ -39,7 +39,7 @@ HERE = Path(__file__).resolve().parent.parent
 
 # ---- prepare: raw trees in every layout, naming and oddity of the official downloads ---------------------------------
 # A frame is texture, 200 x 160 pixels. From onset to apex all of it moves in one direction, and most around BUMP. Each
-# row has its own direction: an image's hue tells whether it was made of the right frames, and its brightest place how
+# entry has its own direction: an image's hue tells whether it was made of the right frames, and its brightest place how
 # they were cropped. What must not be used moves the other way.
 BUMP, NOSE, SIDE = (125, 65), {1: (150, 85), 0: (100, 85)}, 90  # landmarks: nose of odd and even subjects; crop's side
 # fmt: off
@@ -55,71 +55,57 @@ SHEETS = {"casme2": "CASME II/CASME2-coding-20140508.xlsx", "samm": "SAMM/SAMM_M
 MMEW, CLIPS = "Micro_and_Macro_Expression_Warehouse/MMEW_Final/", "Part_A_ME_clip/Part_A_ME_clip/"
 MACRO, MAE = MMEW + "Macro_Expression/{e}/{c}/{n}.jpg", "Part_A_MaE_clip/frame/spNo.{s}_{c}_{o}/{n}.jpg"
 COLOR, CODE = "part_A/data/part1/spNO.{s}/{c}/color/{n}.jpg", "part_A/{e}/spNO.{s}k{a}/{n}.jpg"
-FRAMES = {  # of subject s, clip c, emotion e, onset o, frame n: the right ones, then decoys
-    "casme2": ["CASME2_RAW_selected/CASME2_RAW_selected/sub{s:02d}/{c}/img{n}.jpg"],
-    "samm": ["SAMM/{s:03d}/{c}/{s:03d}_{n:05d}.jpg"],
-    "mmew": [MMEW + "Micro_Expression/{e}/{c}/{n}.jpg", MACRO],
-    "casme3": [CLIPS + "frame/spNo.{s}_{c}_{o}/{n}.jpg", CLIPS + "depth/spNo.{s}_{c}_{o}/{n}.png", MAE,
-               COLOR.replace("color", "depth"), "part_C/data/spNO.{s}/{c}/color/{n}.jpg"],
-    "dfme": ["train_data/train_data/{c}/{n:05d}.png"]}
-MARKS = {  # landmark files: the right one, then decoys
-    "casme2": ["sub{s:02d}/{c}.npy"], "samm": ["{s:03d}/{c}.npy"], "dfme": ["{c}.npy"],
-    "mmew": ["{e}/{c}/{c}.npy", "Macro_Expression/{e}/{c}/{c}.npy", "{e}/macro/{c}.npy"],
-    "casme3": ["spNO.{s}/{c}/color/color.npy", "part_C/spNO.{s}/{c}/color/color.npy"]}
+LAYOUT = {  # frames and landmarks of subject s, clip c, emotion e, onset o, apex a, frame n
+    "casme2": ("CASME2_RAW_selected/CASME2_RAW_selected/sub{s:02d}/{c}/img{n}.jpg", "sub{s:02d}/{c}.npy"),
+    "samm": ("SAMM/{s:03d}/{c}/{s:03d}_{n:05d}.jpg", "{s:03d}/{c}.npy"),
+    "mmew": (MMEW + "Micro_Expression/{e}/{c}/{n}.jpg", "{e}/{c}/{c}.npy"),
+    "casme3": (CLIPS + "frame/spNo.{s}_{c}_{o}/{n}.jpg", "spNO.{s}/{c}/color/color.npy"),
+    "dfme": ("train_data/train_data/{c}/{n:05d}.png", "{c}.npy")}
+DECOYS = {"mmew": [MACRO, "Macro_Expression/{e}/{c}/{c}.npy"],  # frames and landmarks that must not be used
+          "casme3": [CLIPS + "depth/spNo.{s}_{c}_{o}/{n}.png", MAE, "part_C/data/spNO.{s}/{c}/color/{n}.jpg",
+                     "part_C/spNO.{s}/{c}/color/color.npy"]}
 LABEL, NUMBER, NAME = "emotion outside Table 1", "onset or apex is not a number", "no subject or no file name"
-TWICE, ORDER, FOLDER = "same clip as another row", "apex before onset", "no clip folder"
-ROWS = {  # subject, clip, onset, apex, offset, label, image or reason; frames, if not as above, None if there are none
+TWICE, ORDER, FOLDER, CUT = "same clip as another entry", "apex before onset", "no clip folder", "onset frame missing"
+DAMAGES = ("apex frame missing", "onset frame cannot be decoded", "apex frame cannot be decoded",
+           "onset frame found twice", "onset and apex frame are the same", "onset and apex frame differ in size")
+ENTRIES = {  # subject, clip, onset, apex, label, image or reason; frames, if not as above, None if there are none
     "casme2": [
-        ("01", "EP02_01f", 46, 59, 86, "happiness", "happiness/sub01"),
-        ("01", "EP03_02", "131.0", 161, 170, "disgust", "disgust/sub01", "CASME2-RAW/Sub01/ep03_02/img{n}.JPG"),
-        ("02", "EP03_02", 10, 14, 20, "others", "others/sub02", "CASME2_RAW/CASME2-RAW/sub02/{c}/img{n}.jpeg"),
-        (3, "EP06_02_01", 99.0, 101, 110, "repression", "repression/sub03", "sub03/{c}/{n:05d}.bmp"), (None,) * 8,
-        ("26", "EP01_2", "7", " 9 ", "12", " Surprise ", "surprise/sub26"), ("24", "EP1", 1, 2, 3, "sadness", LABEL),
-        ("09", "EP02_02f", 1, 2, 3, "fear", LABEL), ("23", "EP01_09", 4, 9, 10, None, LABEL),
-        ("04", "EP12_01f", 1, "/", 3, "disgust", NUMBER, None), ("05", "EP03_07", 5, 9, None, "others", "others/sub05"),
-        ("05", "EP09_05f", 69, 69, 80, "disgust", "onset = apex"), ("05", "EP03_01", 5, 9, 0, "others", "others/sub05"),
-        ("01", "EP02_01f", 47, 59, 86, "disgust", TWICE, None), ("22", None, 4, 9, 10, "others", NAME, None),
-        ("?", "EP01_01", 4, 9, 10, "others", NAME, None), ("18", "EP08_01", 4, 9, 10, "others", FOLDER, None),
-        ("17", "EP05_02", 4, 9, 10, "others", "apex frame missing"),
-        ("17", "EP05_03", 4, 9, 10, "others", "onset frame cannot be decoded"),
-        ("17", "EP05_04", 4, 9, 10, "others", "apex frame cannot be decoded"),
-        ("20", "EP01_03", 4, 9, 10, "others", "onset and apex frame are the same"),
-        ("20", "EP15_03f", 4, 9, 10, "others", "onset and apex frame differ in size"),
-        ("21", "EP05_05", 4, 9, 10, "others", "onset frame found twice")],
+        ("01", "EP02_01f", 46, 59, "happiness", "happiness/sub01"), ("24", "EP1", 1, 2, "sadness", LABEL),
+        ("01", "EP03_02", "131.0", 161, "disgust", "disgust/sub01", "CASME2-RAW/Sub01/ep03_02/img{n}.JPG"),
+        ("02", "EP03_02", 10, 14, "others", "others/sub02", "CASME2_RAW/CASME2-RAW/sub02/{c}/img{n}.jpeg"),
+        (3, "EP06_02_01", 99.0, 101, "repression", "repression/sub03", "sub03/{c}/{n:05d}.bmp"), (None,) * 7,
+        ("26", "EP01_2", "7", " 9 ", " Surprise ", "surprise/sub26"), ("23", "EP01_09", 4, 9, None, LABEL),
+        ("04", "EP12_01f", 1, "/", "disgust", NUMBER, None), ("05", "EP09_05f", 9, 9, "disgust", "onset = apex"),
+        ("01", "EP02_01f", 47, 59, "disgust", TWICE, None), ("05", "EP1", 5, 9, "others", "others/sub05"),
+        ("22", None, 4, 9, "others", NAME, None), ("?", "EP01_01", 4, 9, "others", NAME, None),
+        ("18", "EP08_01", 4, 9, "others", FOLDER, None),
+        *[("17", f"EP05_{i}", 4, 9, "others", reason) for i, reason in enumerate(DAMAGES)]],
     "samm": [
-        ("006", "006_1_2", 5562, 5567, 5580, "Anger", "anger/sub006"), ("036", "036_1_2", 5, 6, 7, "Fear", LABEL),
-        ("013", "013_1_8", 562, 570, 580, "Other", "others/sub013", "SAMM/013/013_1_8/013_{n:04d}.jpg"),
-        ("011", "011_4_2", 4, 10, 20, "Contempt", "contempt/sub011"), ("024", "024_1_1", 5, 6, 7, "Disgust", LABEL),
-        ("032", "032_3_2", 5126, 5127, 5180, "Surprise", "surprise/sub032"),
-        ("028", "028_4_1", 9, 43, 34, "Anger", "apex frame missing"), ("032", "032_3_1", 49, 19, 50, "Anger", ORDER)],
+        ("006", "006_1_2", 5562, 5567, "Anger", "anger/sub006"), ("032", "032_3_2", 26, 27, "Anger", "anger/sub032"),
+        ("013", "013_1_8", 562, 570, "Other", "others/sub013", "SAMM/013/013_1_8/013_{n:04d}.jpg"),
+        ("011", "011_4_2", 4, 9, "Contempt", "contempt/sub011"), ("028", "028_4_1", 9, 43, "Anger", DAMAGES[0])],
     "mmew": [  # the second one's folder is stale
-        (3, "S03-01-002", 1, 5, 9, "happiness", "happiness/sub03"), (1, "S01-07-001", 1, 5, 9, "anger", LABEL),
-        (4, "S04-02-001", 2, 8, 9, "surprise", "surprise/sub04", MMEW + "Micro_Expression/disgust/{c}/{n}.jpg"),
-        ("S13", "S13-04-001", 1, 10, 19, "repression", "others/sub13", MMEW + "S13/{e}/{c}/{n}.jpg"),
-        (30, "S30-06-001", 1, 3, 9, "sadness", "sad/sub30", MMEW + "S30/{e}/{c}/{n}.jpg"),
-        (5, "S05-04-001", 1, 5, 9, "others", FOLDER, MACRO)],
+        (3, "S03-01-002", 1, 5, "happiness", "happiness/sub03"), (5, "S05-04-001", 1, 5, "others", FOLDER, MACRO),
+        (4, "S04-02-001", 2, 8, "surprise", "surprise/sub04", MMEW + "Micro_Expression/disgust/{c}/{n}.jpg"),
+        ("S13", "S13-04-001", 1, 10, "repression", "others/sub13", MMEW + "S13/{e}/{c}/{n}.jpg"),
+        (30, "S30-06-001", 1, 3, "sadness", "sad/sub30", MMEW + "S30/{e}/{c}/{n}.jpg")],
     "casme3": [
-        ("spNO.1", "a", "355", "360", "370", "happy", "happiness/sub001"),
-        ("spNO.1", "a", "400", "405", "410", "sad", "sad/sub001"), ("spNO.4", "e", "1", "2", "0", "sad", "sad/sub004"),
-        ("spNO.12", "J", "5", "9", "20", "Others", "others/sub012", COLOR),
-        ("spNO.12", "J", "50", "59", "70", "anger", "anger/sub012", COLOR),
-        ("spNO.12", "J", "500", "505", "510", "fear", "fear/sub012"),
-        ("spNO.12", "J", "80", "85", "99", "disgust", "onset frame missing", None),
-        ("spNO.7", "K", 31, 37, 60, "sad", "sad/sub007", CODE), ("spNO.8", "K", 3, 7, 9, "fear", "fear/sub008", CODE),
-        ("spNO.1", "a", "355", "361", "370", "happy", TWICE, None),
-        ("spNO.1", "a", "900", "905", "910", "sad", FOLDER, MAE), ("spNO.149", "d", "112", "83", "358", "sad", ORDER),
-        ("spNO.216", "d", "3647", "2668", "2694", "sad", ORDER), ("spNO.2", "e", "0", "0", "5", "sad", "onset = apex")],
+        ("spNO.1", "a", "355", "360", "happy", "happiness/sub001"), ("spNO.1", "a", "400", "405", "sad", "sad/sub001"),
+        ("spNO.1", "a", "355", "361", "happy", TWICE, None), ("spNO.1", "a", "900", "905", "sad", FOLDER, MAE),
+        ("spNO.12", "J", "5", "9", "Others", "others/sub012", COLOR), ("spNO.4", "e", "1", "2", "sad", "sad/sub004"),
+        ("spNO.12", "J", "50", "59", "anger", "anger/sub012", COLOR), ("spNO.149", "d", "112", "83", "sad", ORDER),
+        ("spNO.12", "J", None, "85", "sad", NUMBER, None), ("spNO.12", "J", "500", "505", "fear", "fear/sub012"),
+        ("spNO.12", "J", "80", "85", "sad", CUT, None), ("spNO.8", "K", 3, 7, "fear", "fear/sub008", CODE),
+        ("spNO.7", "K", 31, 37, "sad", "sad/sub007", CODE)],
     "dfme": [
-        ("sub0003", "sub0003_01", 46, 60, 90, "happiness", "happiness/sub0003"),
-        ("sub0003", "sub0003_02", 0, 5, 9, "sadness", "sad/sub0003", "train_data/{c}/{n:05d}.PNG"),
-        ("sub0650", "sub0650_11", 3, 5, 9, "contempt", "contempt/sub0650", "USTC_partB/micro/fear/{c}/{n:05d}.png"),
-        ("sub0650", "sub0650_12", 3, 5, 9, "fear", "fear/sub0650"),
-        *[(f"sub{s}", f"sub{s}_01", 3, 5, 9, "anger", FOLDER, None) for s in (1000, 1001, 1002)]]}
-UNUSABLE = "landmarks cannot be used"
-BAD_MARKS = {  # clip: what its landmark file holds instead, None being no file; the reason; a part of the detail
-    "006_1_2": (None, "no landmarks", ""), "013_1_8": (np.zeros((5, 2)), UNUSABLE, "(5, 2)"),
-    "032_3_2": (np.full((68, 2), 500.0), UNUSABLE, "outside"), "sub0003_01": (np.array(["a"]), UNUSABLE, ""),
-    "sub0003_02": (b"PK\x03\x04 an archive, cut off", UNUSABLE, "")}
+        ("sub0003", "sub0003_01", 46, 60, "happiness", "happiness/sub0003"),
+        ("sub0003", "sub0003_02", 0, 5, "sadness", "sad/sub0003", "train_data/{c}/{n:05d}.PNG"),
+        ("sub0650", "sub0650_11", 3, 5, "contempt", "contempt/sub0650", "USTC_partB/micro/fear/{c}/{n:05d}.png"),
+        *[(f"sub{s}", f"sub{s}_01", 3, 5, "anger", FOLDER, None) for s in (1000, 1001, 1002)]]}
+BAD_MARKS = {  # clip: what its landmark file holds instead, None being no file; a part of its reason and detail
+    "006_1_2": (None, "no landmarks"), "013_1_8": (np.zeros((5, 2)), "landmarks cannot be used: points (5, 2)"),
+    "032_3_2": (np.full((68, 2), 500.0), "used: points (68, 2), not (68, 2) or outside of the frame of 200 x 160"),
+    "sub0003_02": (b"PK\x03\x04 an archive, cut off", "landmarks cannot be used: ")}
 # fmt: on
 
 
@@ -129,11 +115,11 @@ def number(text):
     return int(digits.group()) if digits else text
 
 
-LINES = [(session, *row) for session, rows in ROWS.items() for row in rows]
-EXPECTED = {f"{r[0]}_{r[7]}_{r[2]}_onset{number(r[3])}_apex{number(r[4])}.png": r for r in LINES if "/" in str(r[7])}
-DROPPED = [(r[0], str(number(r[1])), r[2] or "", r[7]) for r in LINES if "/" not in (r[7] or "/")]
-ANGLES = {row: 37 * i for i, row in enumerate(LINES)}
-TINY, PLACE = next(iter(EXPECTED)), (125 / 200, 65 / 160)
+ALL = [(session, *entry) for session, entries in ENTRIES.items() for entry in entries]
+EXPECTED = {f"{e[0]}_{e[6]}_{e[2]}_onset{number(e[3])}_apex{number(e[4])}.png": e for e in ALL if "/" in str(e[6])}
+DROPPED = [(e[0], str(number(e[1])), e[2] or "", e[6]) for e in ALL if "/" not in (e[6] or "/")]
+ANGLES = {entry: 37 * i for i, entry in enumerate(ALL)}
+TINY = next(iter(EXPECTED))
 TEXTURE = np.clip(128 + 400 * (cv2.GaussianBlur(np.random.RandomState(0).rand(160, 200), (0, 0), 2) - 0.5), 0, 255)
 
 
@@ -147,13 +133,13 @@ def moved(angle):
 
 
 def save(path, content):
-    """Write bytes, an image or an array of landmarks; None is no file."""
+    """Write bytes, landmarks or an image."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     if isinstance(content, bytes):
         Path(path).write_bytes(content)
-    elif path.endswith(".npy") and content is not None:
+    elif path.endswith(".npy"):
         np.save(path, content)
-    elif content is not None:
+    else:
         Image.fromarray(content.clip(0, 255).astype(np.uint8)).save(path, quality=95)
 
 
@@ -167,17 +153,17 @@ def clip(pattern, onset, apex, angle, **names):
         save(f"{folder}/{name}", image)
 
 
-def book(path, rows, notes=0):
-    """Write a session's sheet for some of LINES, and two more worksheets that are large and empty."""
-    workbook, header = openpyxl.Workbook(), HEADERS[rows[0][0]].split("|")
-    words = [re.sub("^estimated|frame$", "", word.lower().replace(" ", "")) for word in header]
-    for line in [[f"note {i}: see Subject"] for i in range(notes)] + [header]:
+def book(path, entries):
+    """Write a session's sheet for some of ALL, offset always 0, and a second worksheet that is large and empty."""
+    session, workbook = entries[0][0], openpyxl.Workbook()
+    header = HEADERS[session].split("|")
+    for line in 13 * (session == "samm") * [["a note: see Subject"]] + [header]:
         workbook.active.append(line)
-    for _, *row in rows:
-        cells = dict(zip(("subject", "filename", "onset", "apex", "offset", "emotion"), row))
-        workbook.active.append([cells.get(word, "=SUM(F2-D2)+1" if row[0] else None) for word in words])
-    for name in ("Sheet2", "Sheet3"):
-        workbook.create_sheet(name).cell(434, 17).font = Font(bold=True)
+    for _, subject, name, onset, apex, emotion, *_ in entries:
+        cells = dict(subject=subject, filename=name, onset=onset, apex=apex, offset=0, emotion=emotion)
+        words = [re.sub("estimated|frame| ", "", word.lower()) for word in header]
+        workbook.active.append([cells.get(word, "=SUM(F2-D2)+1") if subject else None for word in words])
+    workbook.create_sheet("Sheet2").cell(434, 17).font = Font(bold=True)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     workbook.save(path)
 
@@ -185,49 +171,42 @@ def book(path, rows, notes=0):
 def landmarks(x, y, side):
     """68 points (x, y) around the tip of the nose, for which the crop is a square of the given side."""
     points = np.full((68, 2), (x, y), float)
-    points[[8, 19], 1] = y + side / 3, y - side / 3
+    points[[8, 19, 57], 1] += np.array([28, -16, 8]) * side / 64  # chin, brow, lower lip: twice 28 + 16 - 8 are 64
     return points
 
 
 def make_tree(raw, marks):
     """All five datasets as they were downloaded, and landmarks for them."""
     homes = {session: f"{raw}/{sheet.split('/')[0]}" for session, sheet in SHEETS.items()}
-    for row, angle in ANGLES.items():
-        session, subject, name, onset, apex, _, label, gives, *frames = row
-        names, (right, *decoys) = dict(s=number(subject), c=name, e=label, o=onset, a=apex), FRAMES[session]
+    for entry, angle in ANGLES.items():
+        session, subject, name, onset, apex, label, gives, *frames = entry
+        names, (right, points) = dict(s=number(subject), c=name, e=label, o=onset, a=apex), LAYOUT[session]
         if frames != [None]:
             clip(f"{homes[session]}/{(frames or [right])[0]}", number(onset), number(apex), angle, **names)
-        if row in EXPECTED.values():
-            for decoy in (f"__MACOSX/{right}", *decoys):
+        if entry not in EXPECTED.values():
+            continue
+        for decoy in (f"__MACOSX/{right}", *DECOYS.get(session, [])):
+            if decoy.endswith(".npy"):
+                save(f"{marks}/{session}/{decoy.format(**names)}", landmarks(60, 80, 60))
+            else:
                 clip(f"{homes[session]}/{decoy}", number(onset), number(apex), angle + 180, **names)
-            good = BAD_MARKS.get(name, [landmarks(*NOSE[names["s"] % 2], SIDE)])[0]
-            for pattern, points in zip(MARKS[session], (good, landmarks(60, 80, 60), landmarks(60, 80, 60))):
-                save(f"{marks}/{session}/{pattern.format(**names)}", points)
+        content = BAD_MARKS.get(name, [landmarks(*NOSE[names["s"] % 2], SIDE)])[0]
+        if content is not None:
+            save(f"{marks}/{session}/{points.format(**names)}", content)
     for session, sheet in SHEETS.items():
-        book(f"{raw}/{sheet}", [row for row in LINES if row[0] == session], notes=13 * (session == "samm"))
-        for other in ("~$" + os.path.basename(sheet), "part_A_ME_label_JpgIndex_v2.xls", "testA_full_with_AU.xlsx"):
-            save(f"{os.path.dirname(f'{raw}/{sheet}')}/{other}", b"not to be read")
-    sub = f"{homes['casme2']}/CASME2_RAW_selected/CASME2_RAW_selected/sub"
-    os.remove(f"{sub}17/EP05_02/img9.jpg")
+        book(f"{raw}/{sheet}", [entry for entry in ALL if entry[0] == session])
     os.remove(f"{homes['samm']}/SAMM/028/028_4_1/028_00043.jpg")
-    save(f"{sub}17/EP05_03/img4.jpg", b"")
-    os.truncate(f"{sub}17/EP05_04/img9.jpg", 1500)
-    save(f"{sub}20/EP01_03/img9.jpg", TEXTURE)
-    save(f"{sub}20/EP15_03f/img9.jpg", TEXTURE[:90])
-    save(f"{sub}21/EP05_05/img004.png", TEXTURE)
+    place = f"{homes['casme2']}/CASME2_RAW_selected/CASME2_RAW_selected/sub17/EP05_"
+    os.remove(f"{place}0/img9.jpg")
+    os.truncate(f"{place}2/img9.jpg", 1500)
+    for name, content in {"1/img4": b"", "3/img004": TEXTURE, "4/img9": TEXTURE, "5/img9": TEXTURE[:90]}.items():
+        save(f"{place}{name}.jpg", content)
 
 
-def tiny(root, sheet="CASME2-coding-20140508.xlsx"):
-    """The least raw tree: CASME II with one row. Returns the words of a command that makes TINY in root/out."""
-    book(f"{root}/raw/casme2/{sheet}", LINES[:1])
-    clip(f"{root}/raw/casme2/Cropped-updated/Cropped/sub01/EP02_01f/reg_img{{n}}.jpg", 46, 59, 60)
-    return ["--raw", f"{root}/raw", "--out", f"{root}/out", "--size", 64, "--sessions", "casme2"]
-
-
-def prepare_here(*words, main=prepare.main):
+def here(*words, main=prepare.main):
     """main() in this process: what it printed, or the one line "error: ..." that it ended with."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
-        patch.setattr(sys, "argv", ["prepare.py", *map(str, words)])
+        patch.setattr(sys, "argv", ["a tool", *map(str, words)])
         try:
             common.launch(main)
         except SystemExit as stop:
@@ -237,7 +216,7 @@ def prepare_here(*words, main=prepare.main):
 
 def refused(words, *parts):
     """A user's mistake: one line that has all of the parts."""
-    line = prepare_here(*words)
+    line = here(*words)
     assert re.fullmatch("error: .*", line) and all(str(part) in line for part in parts), (parts, line)
 
 
@@ -248,7 +227,13 @@ def images(out):
     return {path.relative_to(out).as_posix(): path.stat().st_mtime_ns for path in paths}
 
 
-def shows(path, angle, place=PLACE, tolerance=0.06):
+def table(out, name, *columns):
+    """The lines of folds.csv or report.csv: dicts, or tuples of some columns."""
+    lines = list(csv.DictReader(Path(out, name).read_text("utf-8").splitlines()))
+    return [tuple(line[column] for column in columns) for line in lines] if columns else lines
+
+
+def shows(path, angle, place=(125 / 200, 65 / 160), tolerance=0.06):
     """Whether an image shows motion in the direction `angle`, most of it at `place` (x, y), from 0 to 1."""
     hue, _, value = np.asarray(Image.open(path).convert("HSV"), np.float32).transpose(2, 0, 1)
     mean = np.degrees(np.angle((value**2 * np.exp(2j * np.pi * hue / 255)).sum()))
@@ -257,340 +242,285 @@ def shows(path, angle, place=PLACE, tolerance=0.06):
     return abs((mean - angle + 180) % 360 - 180) < 4 and abs(found - place).max() < tolerance
 
 
-def reasons(out):
-    """[(session, subject, clip, reason)] of report.csv, and {clip: (row, detail)}."""
-    rows = list(csv.DictReader(Path(f"{out}/report.csv").read_text("utf-8").splitlines()))
-    columns = [tuple(row[name] for name in ("session", "subject", "clip", "reason")) for row in rows]
-    return columns, {row["clip"]: (row["row"], row["detail"]) for row in rows}
-
-
-def folds(out):
-    """Of folds.csv: the lines without the keys, and {key: (slcv, ilcv)}."""
-    lines = list(csv.DictReader(Path(f"{out}/folds.csv").read_text("utf-8").splitlines()))
-    keys = {line.pop("key"): (int(line["slcv"]), int(line["ilcv"])) for line in lines}
-    return [tuple(line.values()) for line in lines], keys
-
-
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """All five datasets, prepared by one command: the folder, the command's words, what it printed."""
     root = tmp_path_factory.mktemp("prepare")
     make_tree(f"{root}/raw", f"{root}/marks")
     words = ["--raw", f"{root}/raw", "--out", f"{root}/out", "--size", 64, "--sessions", *HEADERS]
-    return root, words, prepare_here(*words)
+    return root, words, here(*words)
 
 
 # ---- prepare: what is written, what is left out, folds ---------------------------------------------------------------
-def test_every_usable_row_gives_an_image_of_its_own_frames_and_every_other_a_reason(prepared):
+def test_every_usable_entry_gives_an_image_of_its_own_frames_and_every_other_a_reason(prepared):
     root, _, screen = prepared
-    assert set(images(f"{root}/out")) == set(EXPECTED), screen
-    assert [path for path, row in EXPECTED.items() if not shows(f"{root}/out/{path}", ANGLES[row])] == []
-    sessions = {session.name: session for session in data.load(f"{root}/out", list(HEADERS), 32)}
-    assert sorted(key for one in sessions.values() for key in one.keys) == sorted(EXPECTED)
-    assert sessions["casme2"].subjects.tolist() == [1, 1, 2, 5, 5, 3, 26] and sessions["mmew"].labels[2] == "sad"
+    out = root / "out"
+    assert set(images(out)) == set(EXPECTED), screen
+    assert [key for key, entry in EXPECTED.items() if not shows(out / key, ANGLES[entry])] == []
     assert not any(".jpg" in path for path in prepare.explore("samm", f"{root}/raw/SAMM")[1])  # clips are not entered
-    rows, details = reasons(f"{root}/out")
-    assert rows == DROPPED and details["032_3_1"] == ("22", "") and details["EP02_01f"] == ("15", "row 2 is used")
-    assert re.fullmatch("frame 9 in .*sub17/EP05_02", details["EP05_02"][1])
-    assert "left out:     1 rows of samm: apex before onset\n" in screen
+    assert table(out, "report.csv", "session", "subject", "clip", "reason") == DROPPED
+    details = table(out, "report.csv", "row", "clip", "detail")
+    assert ("9", "d", "") in details and ("12", "EP02_01f", "line 2 of the sheet is used") in details
+    assert re.fullmatch("frame 43 in .*SAMM/028/028_4_1", dict(line[1:] for line in details)["028_4_1"])
+    assert "left out:     1 entries of samm: apex frame missing\n" in screen
     assert re.findall("warning: (.*): its raw frames stay whole", screen) == ["casme2", "samm", "dfme"]
-    counts = {tuple(line[:2]): " ".join(line[2:]) for line in map(str.split, screen.splitlines()) if 4 < len(line) < 7}
-    for session, word, numbers in (  # rows in the sheet, in Table 1, usable; words as they are after normalising
-        ("casme2", "others", "12 12 3"), ("casme2", "(blank)", "1 0 0"), ("casme2", "sad", "1 0 0"),
-        ("casme2", "all", "22 19 7 244"), ("samm", "all", "8 6 4 134"), ("mmew", "all", "6 5 4 292"),
-        ("mmew", "repression", None), ("casme3", "all", "14 14 8 801"), ("dfme", "all", "7 7 4 1856"),
+    counts = [" ".join(line.split()) for line in screen.splitlines()]
+    for line in (  # entries of the sheet, of Table 1, usable, expected; words as they are after normalising
+        "casme2 others 11 11 2", "casme2 (blank) 1 0 0", "casme2 sad 1 0 0", "casme2 all 20 18 6 244",
+        "samm all 5 5 4 134", "mmew all 5 5 4 292", "casme3 all 13 13 8 801", "dfme all 6 6 3 1856",
     ):  # fmt: skip
-        assert counts.get((session, word)) == numbers
+        assert line in counts, (line, screen)
+
+
+def test_folds_belong_to_the_sheet(prepared):
+    """To all entries with a subject, a clip and an emotion of Table 1, with an image or not, ordered as numbers."""
+    everything = table(prepared[0] / "out", "folds.csv")
+    assert {line["key"] for line in everything} == {"", *EXPECTED} and len(everything) == 16 + 5 + 5 + 13 + 6
+    lines = [line for line in everything if line["session"] == "casme3"]
+    words = ["{subject} {clip} {onset} {slcv}".format(**line) + "*" * bool(line["key"]) for line in lines]
+    assert words == ["1 a 355 0*", "1 a 355 0", "1 a 400 0*", "1 a 900 0", "4 e 1 1*", "7 k 31 2*", "8 k 3 3*",
+                     "12 j 5 4*", "12 j 50 4*", "12 j 80 4", "12 j 500 4*", "12 j  4", "149 d 112 0"]  # fmt: skip
+    for fold, test in enumerate(protocols.split(range(13), "ilcv")):
+        assert all(lines[i]["ilcv"] == str(fold) for i in test)
 
 
 def test_second_run_makes_only_what_is_missing_and_with_other_settings_nothing(prepared):
     root, words, screen = prepared
     out, settings, samm = root / "out", root / "out" / "prepare.json", root / "raw" / "SAMM"
-    sheet, key = samm / "SAMM_Micro_FACS_Codes_v2.xlsx", "samm_anger/sub006_006_1_2_onset5562_apex5567.png"
-    before, rows, kept, lines = images(out), reasons(out), settings.read_text(), (out / "folds.csv").read_bytes()
-    assert f"{len(EXPECTED)} images are there already, 14 to make" in prepare_here(*words) and images(out) == before
-    os.rename(out / key, out / f"{key}.part")  # what a kill in the middle of writing left behind in the first edition
-    moves = [(sheet, samm / "sheets" / sheet.name), (samm / "SAMM" / "011", samm / "put away")]
-    for old, new in moves:  # the same sheet somewhere else; clips whose images are there
-        os.renames(old, new)
-    assert len(data.load(out, ["samm"], 32)[0].keys) == 3
-    assert "3 images are there already, 2 to make" in prepare_here(*words[:-5], "samm", "samm")
-    for old, new in moves:
-        os.renames(new, old)
-    assert (out / key).read_bytes() == (out / f"{key}.part").read_bytes()
-    assert [path for path, written in images(out).items() if before[path] != written] == [key]
-    assert reasons(out) == rows and (out / "folds.csv").read_bytes() == lines  # other sessions' lines have stayed
-    record = json.loads(settings.read_text())
+    key = "samm_anger/sub006_006_1_2_onset5562_apex5567.png"
+    before, kept, tables = images(out), settings.read_text(), [table(out, "report.csv"), table(out, "folds.csv")]
+    os.renames(samm / "SAMM_Micro_FACS_Codes_v2.xlsx", samm / "a" / "SAMM_Micro_FACS_Codes_v2.xlsx")
+    os.renames(samm / "SAMM" / "011", root / "011")  # its image is there
+    assert f"{len(EXPECTED)} images are there already, 14 to make" in here(*words, "samm")  # named twice
+    os.renames(root / "011", samm / "SAMM" / "011")
+    assert images(out) == before and [table(out, "report.csv"), table(out, "folds.csv")] == tables
+    record = json.loads(kept)
     assert list(record["sessions"]) == list(HEADERS) and record["versions"][0]["opencv"] == cv2.__version__
-    for session, sheet in SHEETS.items():
-        place = sheet.split("/", 1)[1]
-        assert record["sessions"][session]["sheet"].endswith(place) and f" rows in {place}, " in screen
-    for old, new, part in (('"size": 64', '"size": 32', "size 32, this is 64"), ('e": 15', 'e": 21', "farneback"),
-                           (kept, "[]", "prepare.json"), ("whole frame", "landmarks", "casme2 crop landmarks"),
+    assert record["sessions"]["casme3"]["sheet"] == SHEETS["casme3"].partition("/")[2]
+    assert f"casme3: 13 entries in {SHEETS['casme3'].partition('/')[2]}, " in screen
+    for old, new, part in (("64", "32", "size 32, this is 64"), ('e": 15', 'e": 21', "farneback"),
+                           ("whole frame", "landmarks", "casme2 crop landmarks"),
                            ('"raw"', '"cropped"', "frames"), ('sha256": "', 'sha256": "0', "sheet_sha")):  # fmt: skip
         settings.write_text(kept.replace(old, new))
         refused([*words, "--sessions", "casme2"], out, part, "another --out")
     settings.write_text(kept)
-    for name, content in (("report.csv", str(rows).encode("utf-16")), ("folds.csv", b"session;subject\n")):
+    for name, content in (("report.csv", "session,subject".encode("utf-16")), ("folds.csv", b"session;subject\n")):
         (out / name).write_bytes(content)  # saved by another program
         (out / key).unlink(missing_ok=True)
         refused(words, name, "delete it and run again")
         assert not (out / key).exists()  # it ends before the work, not after it
         os.remove(out / name)
-    prepare_here(*words)
-    assert images(out).keys() == before.keys() and reasons(out) == rows and (out / "folds.csv").read_bytes() == lines
+    here(*words)
+    assert images(out).keys() == before.keys() and [table(out, "report.csv"), table(out, "folds.csv")] == tables
 
 
 def test_landmarks_crop_both_frames_at_the_nose(prepared):
     root, words, _ = prepared
     os.makedirs(f"{root}/z")
     os.symlink(f"{root}/marks", f"{root}/z/landmarks")  # as it may be unpacked
-    words, crop = [*words, "--out", f"{root}/cropped", f"--landmarks={root}/z"], ["--crop", "mmew", "casme3", "--flow"]
-    prepare_here(*words, *crop)
-    usable = {path: row for path, row in EXPECTED.items() if row[2] not in BAD_MARKS}
-    assert set(images(f"{root}/cropped")) == set(usable)
-    for path, row in usable.items():
-        place = np.subtract(BUMP, NOSE[number(row[1]) % 2]) / SIDE + 0.5
-        assert shows(f"{root}/cropped/{path}", ANGLES[row], place, 0.12), path
-        flow = np.load(f"{root}/cropped/.flow/{path[:-4]}.npy")  # as OpenCV gave it, before it was coded and resized
-        turned = np.angle(flow @ (1, 1j) * np.exp(-1j * np.radians(ANGLES[row])), deg=True)
-        assert flow.dtype == np.float32 and flow.shape == (SIDE, SIDE, 2) and abs(np.median(turned)) < 4, path
+    out, crop = f"{root}/cropped", ["--crop", "mmew", "casme3", "--flow"]
+    words = [*words, "--out", out, f"--landmarks={root}/z"]
+    here(*words, *crop)
+    usable = {key: entry for key, entry in EXPECTED.items() if entry[2] not in BAD_MARKS}
+    assert set(images(out)) == set(usable)
+    for key, entry in usable.items():
+        place = np.subtract(BUMP, NOSE[number(entry[1]) % 2]) / SIDE + 0.5
+        assert shows(f"{out}/{key}", ANGLES[entry], place, 0.12), key
+        flow = np.load(f"{out}/.flow/{key[:-4]}.npy")  # as OpenCV gave it, before it was coded and resized
+        assert flow.dtype == np.float32 and flow.shape == (SIDE, SIDE, 2) and 3 < np.hypot(*flow.T).max() < 5, key
         coded = Image.fromarray(data.flow_to_image(flow[None])[0].transpose(1, 2, 0)).resize((64, 64), 2)  # bilinear
-        assert np.array_equal(np.asarray(coded), np.asarray(Image.open(f"{root}/cropped/{path}")))
-    rows, details = reasons(f"{root}/cropped")
-    for name, (_, reason, detail) in BAD_MARKS.items():
-        assert (name, reason) in [row[2:] for row in rows] and detail in details[name][1]
+        assert np.array_equal(np.asarray(coded), np.asarray(Image.open(f"{out}/{key}")))
+    why = {clip: f"{reason}: {detail}" for clip, reason, detail in table(out, "report.csv", "clip", "reason", "detail")}
+    assert all(part in why[name] for name, (_, part) in BAD_MARKS.items()), why
     refused([*words, *crop[:-1]], "flow True", "another --out")
     save(f"{root}/marks/samm/011/011_4_2.npy", landmarks(120, 60, 60))
     refused([*words, *crop], "samm landmarks_sha256", "another --out")
     save(f"{root}/others/samm/099_1_1.npy", landmarks(120, 60, 60))
-    refused([*words, f"--landmarks={root}/others", "--sessions=samm"], "no usable row", "found", "/099_1_1.npy")
+    refused([*words, f"--landmarks={root}/others", "--sessions=samm"], "no usable entry", "found", "/099_1_1.npy")
     save(f"{root}/marks/mmew/S03-01-002.npy", landmarks(120, 60, 60))
     refused([*words, *crop, "--out", f"{root}/new"], "two landmark files", "/mmew/S03-01-002.npy",
             "/mmew/happiness/S03-01-002/S03-01-002.npy")  # fmt: skip
     # Sessions that the benchmark takes whole stay whole, though there are landmarks.
     shutil.rmtree(f"{root}/marks/dfme")
-    screen = prepare_here(*words, "--out", f"{root}/whole", "--whole", "samm", "--sessions", *list(HEADERS)[1:])
-    assert screen.count("raw frames, whole frame") == 4 and re.findall("warning: (.*): its", screen) == ["dfme"]
-    assert all(shows(f"{root}/whole/{path}", ANGLES[EXPECTED[path]]) for path in EXPECTED if "casme2" not in path)
+    screen = here(*words, "--out", f"{root}/whole", "--whole", "samm", "--sessions", *list(HEADERS)[1:])
+    assert screen.count("doubles), whole frame") == 4 and re.findall("warning: (.*): its", screen) == ["dfme"]
+    assert all(shows(f"{root}/whole/{key}", ANGLES[EXPECTED[key]]) for key in EXPECTED if "casme2" not in key)
     for more in (["--crop", "dfme"], ["--crop", "samm", "--whole", "samm"], ["--whole", "casme2", "--sessions=samm"]):
         refused([*words, *more], f"--crop or --whole {more[1]}")
     assert not os.path.exists(f"{root}/new") and not os.path.exists(f"{root}/whole/.flow")
 
 
 def test_crop_box():
-    assert prepare.crop_box(landmarks(110, 50, 60), 200, 160) == (80, 20, 140, 80)  # (x, y), not swapped
-    assert prepare.crop_box(landmarks(20, 150, 60), 200, 160) == (0, 120, 50, 160)  # cut off at the edges
-    points = landmarks(100, 80, 60)
-    points[[8, 19, 57], 1] = 150, 40, 120  # chin, brow, lower lip: side 110 + 30
-    assert prepare.crop_box(points, 200, 160) == (30, 10, 170, 150)
+    assert prepare.crop_box(landmarks(110, 50, 60), 200, 160) == [80, 20, 140, 80]  # (x, y), not swapped
+    assert prepare.crop_box(landmarks(20, 145, 60), 200, 160) == [0, 115, 50, 160]  # cut off at the edges
     nan = landmarks(100, 80, 60)
     nan[0, 0] = np.nan
-    for wrong in (landmarks(320, 90, 60), landmarks(100, 80, -60), np.zeros((68, 3)), nan):
+    for wrong in (nan, landmarks(320, 90, 60), landmarks(100, 80, -60), landmarks(0.5, 0.5, 0.4), np.ones((98, 2))):
         with pytest.raises(ValueError):
             prepare.crop_box(wrong, 200, 160)
 
 
 def test_cropped_frames_are_preferred_without_landmarks_and_raw_frames_with(tmp_path, monkeypatch):
-    words, raw = tiny(tmp_path), f"{tmp_path}/raw/casme2"
+    raw, words = f"{tmp_path}/raw/casme2", ["--raw", f"{tmp_path}/raw", "--sessions", "casme2", "--size", 64]
+    book(f"{raw}/CASME2-coding-20140508.xlsx", ALL[:1])
+    clip(f"{raw}/Cropped-updated/Cropped/sub01/EP02_01f/reg_img{{n}}.jpg", 46, 59, 60)
     clip(f"{raw}/CASME2-RAW/sub01/EP02_01f/img{{n}}.jpg", 46, 59, 240)
     clip(f"{tmp_path}/elsewhere/Cropped/sub01/EP02_01f/reg_img{{n}}.jpg", 46, 59, 90)
     os.symlink(tmp_path / "elsewhere", f"{raw}/a")
     save(f"{tmp_path}/marks/casme2/sub01/EP02_01f.npy", landmarks(*BUMP, 90))
-    screen = prepare_here(*words)
-    assert "1 clip folders of cropped frames (the raw ones are not used) (1 clips are in several folders" in screen
+    out, raw_out = ["--out", tmp_path / "out"], tmp_path / "raw frames"
+    screen = here(*words, *out)
+    assert "1 clip folders of cropped frames (not used: 1 of raw ones, 1 doubles), whole frame" in screen
     assert shows(f"{tmp_path}/out/{TINY}", 60)  # of Cropped-updated, before a in order
     assert "warning" not in screen and "folds.csv gets no lines of casme2: 1 subjects are too few" in screen
-    screen = prepare_here(*words[:2], *words[6:], "--out", f"{tmp_path}/raw frames", "--landmarks", f"{tmp_path}/marks")
-    assert "1 clip folders of raw frames (the cropped ones are not used), landmarks" in screen
-    assert shows(f"{tmp_path}/raw frames/{TINY}", 240, (0.5, 0.5), 0.12)
-    assert Image.open(f"{tmp_path}/raw frames/{TINY}").size == (256, 256)  # the default
+    out += ["--landmarks", tmp_path / "marks"]
+    screen = here(*words[:4], *out, "--out", raw_out)
+    assert "1 clip folders of raw frames (not used: 2 of cropped ones, 0 doubles), landmarks" in screen
+    assert shows(raw_out / TINY, 240, (0.5, 0.5), 0.12) and Image.open(raw_out / TINY).size == (256, 256)  # the default
     shutil.rmtree(f"{raw}/CASME2-RAW")
-    words += ["--out", f"{tmp_path}/new", "--landmarks", f"{tmp_path}/marks"]
-    assert "in several folders, the first is used), whole frame" in prepare_here(*words)
-    refused([*words, "--crop", "casme2"], "casme2 crop whole frame, this is landmarks")
+    assert "cropped frames (not used: 0 of raw ones, 1 doubles), whole frame" in here(*words, *out)
+    refused([*words, *out, "--crop", "casme2"], "casme2 crop whole frame, this is landmarks")
     monkeypatch.setattr(data, "flow_to_image", lambda flow: np.zeros((1, 3, 8, 8), np.uint8))
-    refused(words, "coding", "another --out")
-
-
-def test_folds_belong_to_the_sheet(tmp_path):
-    rows = [(10, "a", 5, 9, "happy"), (2, "J", 100, 105, "anger"), (2, "a", 10, 14, "disgust"), (2, "a", 9, 12, "fear"),
-            (2, "b", "/", 12, "anger"), (2, "b", 8, 9, "sad"), (6, "c", 1, 4, "tense"), (3, "a", 7, 7, "sad"),
-            (4, "c", 1, 4, "Others"), (None, "c", 1, 4, "sad"), (4, "c", 1, 5, "fear"), (5, "c", 1, 4, "sad"),
-            (168, "c", 1, 4, "sad")]  # fmt: skip
-    order = [3, 2, 5, 4, 1, 7, 8, 10, 11, 0, 12]  # rows as folds.csv has them: with a subject and an emotion of Table 1
-    a, b = tmp_path / "a", tmp_path / "b"  # two laboratories; the second one lacks frames of three people
-    for lab, lacks in ((a, ()), (b, ("2_a_10/14", "5_c_1/1", "168_c_1/4"))):
-        book(f"{lab}/casme3/casme3_table.xlsx", [("casme3", *row[:4], None, row[4]) for row in rows])
-        for s, c, o, apex, _ in [rows[i] for i in order if i not in (4, 7, 10)]:
-            clip(f"{lab}/casme3/frame/spNo.{s}_{c}_{o}/{{n}}.jpg", o, apex, 0)
-        for frame in lacks:
-            os.remove(f"{lab}/casme3/frame/spNo.{frame}.jpg")
-        prepare_here("--raw", lab, "--out", lab / "out", "--size", 64, "--sessions", "casme3")
-    (lines, keys), (others, fewer) = folds(a / "out"), folds(b / "out")
-    slcv, subjects = [0, 0, 0, 0, 0, 1, 2, 2, 3, 4, 0], [rows[i][0] for i in order]
-    ilcv = {i: fold for fold, test in enumerate(protocols.split(subjects, "ilcv")) for i in test}
-    clips = [(rows[i][0], rows[i][1].lower(), "" if i == 4 else rows[i][2]) for i in order]
-    assert lines == [("casme3", *map(str, (*clips[i], slcv[i], ilcv[i]))) for i in range(11)] == others
-    assert [set(keys), set(fewer)] == [{"", *images(lab / "out")} for lab in (a, b)]
-    assert keys["casme3_others/sub004_c_onset1_apex4.png"] == (2, ilcv[6])  # the first one of two rows for one clip
-    assert (len(keys), len(fewer)) == (9, 6) and all(keys[key] == fewer[key] for key in fewer if key)
-    assert len({data.load(str(lab / "out"), ["casme3"], 8)[0].folds["digest"] for lab in (a, b)}) == 1
+    refused([*words, *out], "coding", "another --out")
 
 
 def test_view_writes_down_the_folds_that_a_folder_has_had(prepared, tmp_path):
     out = shutil.copytree(prepared[0] / "out", tmp_path / "out")
-    assert "has a folds.csv already" in prepare_here("folds", "--data", out, main=view.main)
+    assert "has a folds.csv already" in here("folds", "--data", out, main=view.main)
     (out / "folds.csv").unlink()
     before = {session.name: session for session in data.load(str(out), list(HEADERS), 8)}
-    screen, (lines, keys) = prepare_here("folds", "--data", out, main=view.main), folds(out)
+    screen = here("folds", "--data", out, main=view.main)
     assert re.findall(r"no lines of (\w+): \d subjects are too few", screen) == ["samm", "mmew", "dfme"]
-    clips = [(line[0], int(line[1]), line[2], line[3]) for line in lines]
-    assert clips == sorted((k[:6], number(k.split("/")[1]), Path(k).stem.lower(), "") for k in keys)
-    for name, place, protocol in [(n, *both) for n in ("casme2", "casme3") for both in ((0, "slcv"), (1, "ilcv"))]:
+    lines = {line["key"]: line for line in table(out, "folds.csv")}
+    assert len(lines) == len(before["casme2"].keys) + len(before["casme3"].keys)
+    line = dict(session="casme3", subject="12", clip="sub012_j_onset5_apex9", onset="")
+    assert line.items() < lines["casme3_others/sub012_J_onset5_apex9.png"].items()
+    for name, protocol in itertools.product(("casme2", "casme3"), ("slcv", "ilcv")):
         for fold, test in enumerate(protocols.split(before[name].subjects, protocol)):
-            assert {keys[key][place] for key in before[name].keys[test]} == {fold}
+            assert {lines[key][protocol] for key in before[name].keys[test]} == {str(fold)}
 
 
 # ---- prepare: annotation sheets --------------------------------------------------------------------------------------
-@pytest.mark.parametrize("session, right, names", [  # right: the path, or parts of the error
-    ("casme2", "copy/CASME2-coding-20140508.xlsx", ["CASME2-coding-20140508.csv"]),  # the .xlsx is the original
-    ("casme2", "CASME2-coding-20140508.csv", ["CASME2-coding-20190701.xlsx"]),
-    ("casme3", "cas(me)3_part_A_ME_label_JpgIndex_v1.xlsx", ["cas(me)3_part_A_MaE_label_JpgIndex_v2.xlsx"]),
-    ("mmew", "MMEW_Micro_Exp.csv", ["MMEW_Micro_Exp_new.xlsx"]),
-    ("dfme", "coding.xlsx", ["test_coding.txt", "testA_full_with_AU.xlsx"]),
-    ("casme2", "CASME2.xlsx", ["CASME2-ObjectiveClasses.xlsx"]), ("samm", "SAMM.xlsx", []), ("mmew", "MMEW.xlsx", []),
-    ("casme3", "casme3_table.xlsx", ["casme3_MaE.xlsx"]), ("mmew", "MMEW_Micro_Exp (20).xlsx", ["MMEW.xlsx"]),
-    ("casme2", ("no annotation sheet CASME2-coding-20140508.xlsx or .csv", "save an .xls as .xlsx", "no table at all",
-                "CASME II is requested at http://casme.psych.ac.cn/casme/e2"), []),
-    ("casme2", ("no annotation", "found CASME2-ObjectiveClasses.xlsx;"), ["CASME2-ObjectiveClasses.xlsx"]),
-    ("casme2", ("no annotation", "found CASME2-coding-20140508.xls;"), ["CASME2-coding-20140508.xls"]),
-    ("mmew", "a/MMEW_Micro_Exp.xlsx", ["b/MMEW_Micro_Exp.xlsx"]),  # the same bytes
-    ("mmew", ("several sheets", "MMEW_Micro_Exp (1)", "(2)"), ["MMEW_Micro_Exp (1).xlsx", "MMEW_Micro_Exp (2).xlsx"]),
+@pytest.mark.parametrize("session, names, error", [  # without an error the first one is the right one
+    ("casme2", "copy/CASME2-coding-20140508.xlsx|CASME2-coding-20140508.csv", ""),  # the .xlsx is the original
+    ("casme2", "CASME2-coding-20140508.csv|CASME2-coding-20190701.xlsx", ""),
+    ("casme2", "CASME2.xlsx|CASME2-ObjectiveClasses.xlsx|~$CASME2.xlsx", ""), ("samm", "SAMM.xlsx|._SAMM.xlsx", ""),
+    ("casme3", "cas(me)3_part_A_ME_label_JpgIndex_v1.xlsx|cas(me)3_part_A_MaE_label_JpgIndex_v2.xlsx", ""),
+    ("casme3", "casme3_table.xlsx|casme3_MaE.xlsx", ""), ("mmew", "MMEW_Micro_Exp (20).xlsx|MMEW.xlsx", ""),
+    ("mmew", "MMEW_Micro_Exp.csv|MMEW_Micro_Exp_new.xlsx", ""), ("mmew", "a/MMEW.xlsx|b/MMEW.xlsx", ""),  # equal bytes
+    ("dfme", "coding.xlsx|test_coding.txt|testA_full_with_AU.xlsx", ""),
+    ("casme2", "note.txt", r"no annotation sheet CASME2-coding-20140508.xlsx or .csv \(save an .xls as .xlsx\), "
+                           "found no table at all; CASME II is requested at http://casme.psych.ac.cn/casme/e2"),
+    ("casme2", "CASME2-ObjectiveClasses.xlsx|CASME2-coding-20140508.xls", "no .*found CASME2-O.*-coding-20140508.xls;"),
+    ("mmew", "MMEW_Micro_Exp (1).xlsx|MMEW_Micro_Exp (2).xlsx", r"several sheets .*\(1\).*\(2\)"),
 ])  # fmt: skip
-def test_the_right_one_of_several_sheets(tmp_path, session, right, names):
-    paths = sorted(f"{tmp_path}/{name}" for name in [*names, *[right] * isinstance(right, str)])
+def test_the_right_one_of_several_sheets(tmp_path, session, names, error):
+    paths = [f"{tmp_path}/{name}" for name in names.split("|")]
     for path in paths:
         save(path, os.path.basename(path).encode())
     try:
-        assert prepare.find_sheet(session, "RAW", paths) == f"{tmp_path}/{right}"
+        assert prepare.find_sheet(session, "RAW", sorted(paths)) == paths[0] and not error
     except SystemExit as stop:
-        assert isinstance(right, tuple) and all(part in stop.code for part in ("error: RAW", *right))
+        assert error and re.match(f"error: RAW: {error}", stop.code)
 
 
 def test_sheets_as_csv_and_wrong_ones(tmp_path):
-    book(f"{tmp_path}/sheet.xlsx", LINES[:5])
-    rows = prepare.read_sheet("casme2", f"{tmp_path}/sheet.xlsx")
+    book(f"{tmp_path}/sheet.xlsx", ALL[:7])
+    entries = prepare.read_sheet("casme2", f"{tmp_path}/sheet.xlsx")
     lines = list(openpyxl.load_workbook(f"{tmp_path}/sheet.xlsx").worksheets[0].values)
     for delimiter in ",;\t":
         with open(f"{tmp_path}/sheet.csv", "w", newline="", encoding="utf-8-sig") as out:
             csv.writer(out, delimiter=delimiter).writerows([*line, "Emotion"] for line in lines)  # the first counts
             out.write("\r\n")  # an empty line
-        assert prepare.read_sheet("casme2", f"{tmp_path}/sheet.csv") == rows and len(rows) == 4
-    save(f"{tmp_path}/sheet.csv", b"Emotion,Apex,Subject,Onset,Filename\nfear,5,sub0001,3,a")  # no offset
-    assert [*prepare.read_sheet("dfme", f"{tmp_path}/sheet.csv")[0].values()] == "dfme fear 5 sub0001 3 a".split() + [2]
-    for name, content, *parts in (
-        ("sheet.csv", b"", "no cell Subject"), ("sheet.csv", b"a;b\n1;2", "no cell Subject", "needed: Subject"),
-        ("sheet.csv", b"Subject;Filename;Emotion\n1;2;3", "only the columns Subject, Filename, Emotion", "casme/e2"),
-        ("sheet.xlsx", b"<html>Sign in</html>", "not a readable .xlsx file", "zip"),
+        assert prepare.read_sheet("casme2", f"{tmp_path}/sheet.csv") == entries and len(entries) == 6
+    save(f"{tmp_path}/sheet.csv", b"Emotion,Apex,Subject,Onset,Filename\nfear,5,sub0001,3")  # no offset, no file name
+    entry = dict(session="dfme", subject="sub0001", clip="", onset="3", apex="5", emotion="fear", row=2)
+    assert prepare.read_sheet("dfme", f"{tmp_path}/sheet.csv") == [entry]
+    for name, content, error in (
+        ("sheet.csv", b"", "has no cell Subject"), ("sheet.csv", b"a;b\n1;2", "has no cell Subject; needed: Subject, "),
+        ("sheet.csv", b"Subject;Filename;Emotion\n1;2;3", "has only the columns Subject, Filename, Emotion;.*casme/e2"),
+        ("sheet.xlsx", b"<html>Sign in</html>", "not readable .*zip"),
     ):  # fmt: skip
         save(f"{tmp_path}/{name}", content)
-        with pytest.raises(SystemExit) as stop:
+        with pytest.raises(SystemExit, match=f"^error: {tmp_path}/{name}: {error}"):
             prepare.read_sheet("casme2", f"{tmp_path}/{name}")
-        assert all(part in stop.value.code for part in (f"error: {tmp_path}/{name}", *parts))
 
 
 # ---- prepare: what users get wrong, and what machines do -------------------------------------------------------------
-def test_mistakes_end_with_one_line_and_nothing_written(tmp_path, monkeypatch):
-    words, raw, out = tiny(tmp_path), f"{tmp_path}/raw", f"{tmp_path}/out"
+def test_mistakes_end_with_one_line_and_nothing_written(prepared, tmp_path, monkeypatch):
+    raw, words = f"{prepared[0]}/raw", ["--raw", f"{prepared[0]}/raw", "--out", f"{tmp_path}/out", "--sessions", "samm"]
     save(f"{tmp_path}/file", b"")
-    os.makedirs(tmp_path / "marks" / "casme2" / "sub01")
-    book(f"{tmp_path}/no clips/casme2/CASME2-coding.xlsx", LINES[:1])
-    book(f"{tmp_path}/other/casme2/CASME2-coding.xlsx", LINES[:1])
-    save(f"{tmp_path}/other/casme2/sub09/EP02_01f/img46.jpg", TEXTURE)  # of no clip of the sheet
-    for more, *parts in (
-        (["--raw", ""], "--raw", "no such folder"), (["--landmarks", ""], "--landmarks", "no such folder"),
-        (["--out", ""], "--out ''"), (["--size", 7], "--size 7", "8 to 1024"), (["--size", "big"], "--size", "big"),
-        (["--raw", f"{tmp_path}/nowhere"], f"{tmp_path}/nowhere", "--raw", "casme2"),
-        (["--raw", f"{tmp_path}/no clips"], "no clips/casme2", "no clip folders", "casme.psych.ac.cn/casme/e2",
-         "found CASME2-coding.xlsx"), (["--raw", f"{tmp_path}/other"], "no usable row", "found", "sub09/EP02"),
-        (["--raw", f"{raw}/casme2"], f"{raw}/casme2: no folder casme2", "found CASME2-coding", "casme.psych.ac.cn"),
-        (["--sessions", "casme2", "samm"], "no folder samm", "M.Yap/dataset.php", "--sessions"),
-        (["--sessions", "smic"], "--sessions", "smic"), (["--landmarks", tmp_path], "none of the folders casme2, f"),
-        (["--landmarks", f"{tmp_path}/marks"], "marks/casme2", "no landmark files, found sub01"),
-        (["--out", f"{tmp_path}/file"], "/file", "File exists"), (["--out", raw], raw, "not a folder that prepare"),
-        (["--out", f"{tmp_path}/file/out"], "/file/out", "Not a directory"),
+    os.makedirs(tmp_path / "marks" / "samm" / "006")
+    for name in ("no clips", "other"):
+        book(f"{tmp_path}/{name}/samm/SAMM.xlsx", [entry for entry in ALL if entry[0] == "samm"])
+    save(f"{tmp_path}/other/samm/099_1_1/1.jpg", TEXTURE)  # of no clip of the sheet
+    for option, value, *parts in (
+        ("--raw", "nowhere", "--raw 'nowhere'", "samm"), ("--landmarks", "", "--landmarks ''", "no such folder"),
+        ("--size", 7, "--size 7", "8 to 1024"), ("--sessions", "smic", "smic"), ("--out", "", "--out ''"),
+        ("--raw", f"{tmp_path}/no clips", "no clip folders", "M.Yap/dataset.php", "found SAMM.xlsx"),
+        ("--raw", f"{tmp_path}/other", "no usable entry", "found", "other/samm/099_1_1"),
+        ("--raw", f"{tmp_path}/other/samm", "other/samm: no folder samm", "found 099_1_1, SAMM.xlsx", "M.Yap"),
+        ("--landmarks", tmp_path, "none of the folders samm, f"),
+        ("--landmarks", f"{tmp_path}/marks", "marks/samm", "no landmark files, found 006"),
+        ("--out", f"{tmp_path}/file", "/file", "File exists"), ("--out", raw, raw, "not a folder that prepare"),
+        ("--out", f"{tmp_path}/file/out", "/file/out", "Not a directory"),
     ):  # fmt: skip
-        refused([*words, *more], *parts)
+        refused([*words, option, value], *parts)
     for module, package in (("cv2", "opencv-python-headless"), ("openpyxl", "openpyxl")):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, module, None)
             refused(words, f"pip install {package}")
-    assert not os.path.exists(out) and set(os.listdir(raw)) == {"casme2"}
-    save(f"{out}/prepare.json.77.part", b"{")  # killed at its first write
-    assert "0 images are there already, 1 to make" in prepare_here(*words) and list(images(out)) == [TINY]
-    os.remove(f"{out}/{TINY}")
-    os.makedirs(f"{out}/{TINY}.part/in the way")  # another run's names of parts are not ours
-    assert "0 images are there already, 1 to make" in prepare_here(*words) and list(images(out)) == [TINY]
-    screen = prepare_here("--help")
+    assert not os.path.exists(f"{tmp_path}/out") and len(os.listdir(raw)) == 5
+    screen = here("--help")
     assert all(word in screen for word in ("sub01/EP02_01f/reg_img46.jpg", "spNo.1_a_355", "SAMM_Mic", "landmarks"))
 
 
-def test_interrupted_killed_and_two_at_once(prepared, tmp_path):
+def test_interrupted_killed_and_two_at_once(prepared, tmp_path, monkeypatch, capsys):
+    """Whenever a run ends, what is there is whole, and others go on from there."""
     root, words, _ = prepared
-    slow = ("import os, runpy, signal, time; replace = os.replace\n"
-            "signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background would ignore it\n"
-            "os.replace = lambda *paths: (time.sleep(0.05), replace(*paths))\n"
-            "runpy.run_module('tools.prepare', run_name='__main__')")  # fmt: skip
+    command = functools.partial(runpy.run_path, prepare.__file__, run_name="__main__")
+    columns, replace = ("session", "subject", "clip", "onset", "slcv", "ilcv"), os.replace
+    save(f"{tmp_path}/prepare.json.77.part", b"{")  # of one that was killed at its first write
+    full = OSError(28, "No space left on device", "a.png")
+    for stop, said in ((KeyboardInterrupt, "130"), (full, "error: a.png: No space left on device"), (SystemExit, "")):
+        before, calls = images(tmp_path), itertools.count()
 
-    def start(*sessions):
-        line = [sys.executable, "-c", slow, *map(str, words[:-6]), "--out", str(tmp_path), "--sessions", *sessions]
-        return subprocess.Popen(line, cwd=HERE, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        def ends(*paths, calls=calls, stop=stop):  # and leaves the file without its name, as a kill does
+            if next(calls) == 5:
+                raise stop
+            replace(*paths)
 
-    def count():
-        return len(list(tmp_path.glob("*/*.png")))
-
-    for sign, status, message in ((signal.SIGINT, 130, "interrupted; the images"), (signal.SIGKILL, -9, "")):
-        process, before = start(*HEADERS), count()
-        while count() < before + 2 and process.poll() is None:
-            time.sleep(0.01)
-        process.send_signal(sign)
-        error = process.communicate()[1].strip()
-        assert process.returncode == status and error.startswith(message) and error.count("\n") == 0
-        assert before + 2 <= len(images(tmp_path)) < len(EXPECTED)
-        lines, keys = folds(tmp_path)  # those of the whole folder, already
-        assert lines == folds(root / "out")[0] and set(EXPECTED) < set(keys)
-    before = images(tmp_path)
-    for process in [start("casme2", "samm", "mmew", "casme3"), start("samm", "mmew", "casme3", "dfme")]:
-        assert process.communicate()[1] == "" and process.returncode == 0
-    after = images(tmp_path)
-    assert set(after) == set(EXPECTED) and before.items() <= after.items()
-    for path in after:
-        assert (tmp_path / path).read_bytes() == (root / "out" / path).read_bytes()
-    assert reasons(tmp_path)[0] == DROPPED
-    assert (tmp_path / "folds.csv").read_bytes() == (root / "out" / "folds.csv").read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", ends)
+            assert here(*words, "--out", tmp_path, main=command).endswith(said)
+        assert len(images(tmp_path)) == len(before) + 3 and before.items() <= images(tmp_path).items()
+        # The folds are those of the whole folder, already.
+        assert table(tmp_path, "folds.csv", *columns) == table(root / "out", "folds.csv", *columns)
+    assert "interrupted; the images that are made are kept" in capsys.readouterr().err
+    command = [sys.executable, "-m", "tools.prepare", *words[:2], "--size=64", "--out", tmp_path, "--sessions"]
+    runs = [subprocess.Popen([*command, *names], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            for names in (("casme2", "samm", "mmew", "casme3"), ("samm", "mmew", "casme3", "dfme"))]  # fmt: skip
+    assert [(run.communicate()[1], run.returncode) for run in runs] == [(b"", 0)] * 2
+    assert images(tmp_path).keys() == set(EXPECTED) and before.items() <= images(tmp_path).items()
+    for name in [*EXPECTED, "folds.csv", "report.csv"]:
+        assert (tmp_path / name).read_bytes() == (root / "out" / name).read_bytes()
     assert set(json.loads((tmp_path / "prepare.json").read_text())["sessions"]) == set(HEADERS)
 
 
-def test_runs_at_once_take_turns_and_leave_each_other_s_images(tmp_path, monkeypatch):
-    settings = {"size": 64, "flow": False, "coding": "", "farneback": {}, "versions": [], "sessions": {}}
-    for file, write in (("prepare.json", lambda: prepare.settle(tmp_path, settings)),
-                        ("report.csv", lambda: prepare.report(tmp_path, [], []))):  # fmt: skip
-        held, thread = prepare.lock(tmp_path), threading.Thread(target=write, daemon=True)
-        thread.start()
-        time.sleep(0.3)
-        early = (tmp_path / file).exists()
-        held.close()
-        thread.join(20)
-        assert not early and (tmp_path / file).exists()
-    save(f"{tmp_path}/image.png", b"of the other run")
+def test_files_are_written_whole_and_by_one_run_at_a_time(prepared, tmp_path, monkeypatch):
+    locks, written, lock = [], [], prepare.lock
+    monkeypatch.setattr(prepare, "lock", lambda out: locks.append(lock(out)) or locks[-1])
+    locked = lambda: any(not file.closed for file in locks)  # noqa: E731
+    monkeypatch.setattr(protocols, "write", lambda path, _: written.append((os.path.relpath(path, tmp_path), locked())))
+    here(*prepared[1], "--out", tmp_path, "--sessions", "samm")
+    keys = [(key, False) for key in EXPECTED if "samm" in key]
+    assert written == [("prepare.json", True), ("folds.csv", True), *keys, ("folds.csv", True), ("report.csv", True)]
+    assert not any(path.is_file() for path in tmp_path.glob("**/[!.]*"))
+    fcntl = pytest.importorskip("fcntl")
+    with lock(tmp_path), open(tmp_path / ".lock") as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    save(f"{tmp_path}/image.png", b"of another run")
     assert prepare.make_image({"key": "image.png", "folder": None}, tmp_path, 64, False) == ("", "")
-    written = []
-    monkeypatch.setattr(protocols, "write", lambda path, _: written.append(path))  # whole or not at all
-    words = tiny(tmp_path / "other")
-    prepare_here(*words)
-    assert written == [f"{words[3]}/{name}" for name in ("prepare.json", TINY, "report.csv")]
-    assert not any(path.is_file() for path in Path(words[3]).glob("**/[!.]*"))
 
 
 # ---- report, view, tables, on run folders written by hand -----------------------------------------------------------
@@ -874,27 +804,28 @@ def test_which_runs_stand_where(tmp_path, call):
     assert all(word in notes.splitlines()[-1] for word in words) and notes.count(": not used (") == 2
 
 
-def test_export_show_check(tmp_path, call, monkeypatch):
-    out, junk, casme2 = tmp_path / "new/made", tmp_path / "new/made.part/samm_x", ("--size", 8, "--sessions", "casme2")
+def test_export_show_check(tmp_path, monkeypatch):
+    def viewed(*words):
+        return here(*words, "--size", 8, "--sessions", "casme2", main=view.main)
+
+    out, junk = tmp_path / "new/made", tmp_path / "new/made.part/samm_x"
     os.makedirs(junk)  # left by a killed export of the first edition
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "replace", interrupted)
-        call(view, "export", "--out", out, *casme2)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: signal.default_int_handler(2, None))
+        assert viewed("export", "--out", out) == "130"  # interrupted
     assert [folders for _, folders, _ in os.walk(tmp_path / "new")] == [["made.part"], ["samm_x"], []]
-    call(view, "export", "--out", out, *casme2)
+    viewed("export", "--out", out)
     (made,), (read,) = data.synthetic(8, sessions=["casme2"]), data.load(str(out), ["casme2"], 8)
     assert all(np.array_equal(vars(made)[name], vars(read)[name]) for name in ("images", "labels", "subjects", "keys"))
     assert len(os.listdir(out)) == 5 and os.stat(out).st_mode == os.stat(junk).st_mode  # others may read it
-    call(view, "show", "--data", out, "--out", tmp_path / "a.png", *casme2)
-    first = Image.fromarray(read.images[0].transpose(1, 2, 0)).resize((56, 56))  # disgust, the first subject
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png"))[21:77, 70:126], np.asarray(first))
+    viewed("show", "--data", out, "--out", tmp_path / "a.png")
+    sheet, second = Image.open(tmp_path / "a.png"), np.flatnonzero(read.subjects != read.subjects[0])[0]
+    for left, i in ((70, 0), (126, second)):  # of disgust, the first images of two subjects
+        image = Image.fromarray(read.images[i].transpose(1, 2, 0)).resize((56, 56))
+        assert np.array_equal(np.asarray(sheet)[21:77, left : left + 56], np.asarray(image))
     os.remove(out / made.keys[-1])
-    assert "exists already" in call(view, "export", "--out", out, *casme2).err
-    lines = [line.split() for line in call(view, "check", "--data", out, *casme2).out.splitlines()[-6:]]
+    assert "exists already" in viewed("export", "--out", out)
+    lines = [line.split() for line in viewed("check", "--data", out).splitlines()[-6:]]
     assert lines[0] == "casme2 245 samples of 246 26 subjects of 26".split()
     assert lines[-2:] == ["repression 27 of 27".split(), "surprise 24 of 25 -1".split()]
 
