@@ -1,6 +1,5 @@
-"""The tests of tools/ and of tiny/pretrain.py: prepare, report, view, tables, pretrain, and what docs/ says."""
+"""The tests of tools/: prepare, report, view, tables, bench, pretrain, and of what docs/ says."""
 
-import concurrent.futures
 import contextlib
 import csv
 import functools
@@ -9,7 +8,6 @@ import io
 import itertools
 import json
 import os
-import pathlib
 import re
 import runpy
 import shlex
@@ -18,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -32,8 +31,8 @@ from PIL import Image
 import common
 import data
 import protocols
-from tiny import pretrain
-from tools import bench, prepare, report, tables, view
+import ranpac
+from tools import bench, prepare, pretrain, report, tables, view
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -558,8 +557,14 @@ def write_run(folder, files=HAND, **changes):
             np.savez(folder / f"fold{i}.npz", **arrays, seal=protocols._seal(arrays))
 
 
-def rows_of(text):
-    """The rows of all Markdown tables, {first two cells: the others}."""
+def as_line(*seeds):
+    """A line of a table, given the files of each seed, with what the functions on subjects ask of it."""
+    trials = [dict(enumerate(map(read, files))) for files in seeds]
+    return {"trials": trials, "fold": trials[0][0], "counts": [0, 1], "merge": "sum"}
+
+
+def lines_of(text):
+    """The lines of all Markdown tables, {first two cells: the others}."""
     lines = [[cell.strip() for cell in line.strip("| \n").split("|")] for line in text.splitlines() if line[:1] == "|"]
     return {(line[0], line[1]): " ".join(line[2:]) for line in lines}
 
@@ -567,11 +572,11 @@ def rows_of(text):
 @pytest.fixture
 def call(monkeypatch, capfd):
     def run(tool, *words):  # what a command prints, and its notes with its one line of error
-        monkeypatch.setattr(sys, "argv", [tool.__name__, *map(str, words)])
+        monkeypatch.setattr(sys, "argv", [tool.__file__, *map(str, words)])
         try:
             tool.main()
         except SystemExit as stop:
-            print(stop.code, file=sys.stderr)
+            print(stop.code or "", file=sys.stderr)
         return capfd.readouterr()
 
     return run
@@ -580,12 +585,12 @@ def call(monkeypatch, capfd):
 def test_report_by_hand(tmp_path, call, monkeypatch):
     write_run(tmp_path / "a" / "1")
     write_run(tmp_path / "b" / "1", method="new", merges=["max", "prob"], code={os.path.join("controls", "new.py"): ""})
-    monkeypatch.setattr(report, "paper", lambda info, folds: (1, 2, 3, 2) if info["method"] == "der" else ())
+    monkeypatch.setattr(report, "paper", lambda line: [1, 2, 3, 2] if line["method"] == "der" else [])
     text = call(report, tmp_path, "--details", "--csv", tmp_path / "a.csv").out
     size = [np.mean([abs(x[r] - sum(x) / 4) for x in FINAL for r in own]) for own in ((0, 1), (2, 3))]
-    ends = report.intervals([dict(enumerate(map(read, HAND)))], "sum")
+    ends = report.intervals(*report.by_subject(as_line(HAND), "sum"))  # tested against a loop below
     last = "{:.1f} to {:.1f}".format(*ends["accuracy"][:, 3])
-    for row, values in {
+    for line, values in {
         ("backbone", "method"): "S1 S2 avg last last, 95 % last by prob",
         ("-", "always the commonest emotion"): "25.00 37.50 31.25 37.50 - -",
         ("vit", "der"): f"75.00 ± 35.36 62.50 ± 17.68 68.75 ± 26.52 62.50 ± 17.68 {last} 75.00",
@@ -598,9 +603,9 @@ def test_report_by_hand(tmp_path, call, monkeypatch):
         ("prob", "forgetting"): "0.00 - 0.00 -",  # session 1 from 2 right of 3 to 3: never less than nothing
         ("centered", "forgetting"): "33.33 - 33.33 -",  # to 1 right of 3
     }.items():
-        assert rows_of(text)[row] == values, row
-    assert rows_of(text)["vit", "new, by max"].startswith("75.00 ± 35.36 62.50 ± 17.68 68.75 ± 8.84 62.50 ± 17.68 ")
-    by_sum, by_max = (rows_of(part.partition("\n| true")[2]) for part in text.split("### ")[1:])
+        assert lines_of(text)[line] == values, line
+    assert lines_of(text)["vit", "new, by max"].startswith("75.00 ± 35.36 62.50 ± 17.68 68.75 ± 8.84 62.50 ± 17.68 ")
+    by_sum, by_max = (lines_of(part.partition("\n| true")[2]) for part in text.split("### ")[1:])
     assert by_sum == {("disgust", "2"): "0 2", ("anger", "0"): "1 0", ("fear", "1"): "0 2", ("---", "---"): "--- ---"}
     assert by_max["fear", "1"] == "1 1"  # by each run's own first way
     by_prob = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))[1]
@@ -609,43 +614,45 @@ def test_report_by_hand(tmp_path, call, monkeypatch):
     assert [by_prob[word.replace("_", " ")] for word in words] == values and by_prob["recall disgust"] == "100.0000"
     write_run(tmp_path / "c" / "1", HAND[:1], method="ranpac", merges=["sum"])  # no logits: prob means nothing
     text = call(report, tmp_path, "--how", "prob").out
-    assert "folds f0**, merged by prob\n" in text and "last by prob" not in text
-    assert rows_of(text)["-", "always the commonest emotion"] == "25.00 37.50 31.25 37.50 -"  # of both folds
-    assert rows_of(text)["vit", "der"].startswith("75.00 ± 35.36 75.00 ± 0.00 75.00 ± 17.68 75.00 ± 0.00 ")
-    assert rows_of(text)["vit", "ranpac, by sum (1 of 2 folds)"].startswith("50.00 50.00 50.00 50.00 ")
+    assert "folds f0, merged by prob**\n" in text and "last by prob" not in text
+    assert lines_of(text)["-", "always the commonest emotion"] == "25.00 37.50 31.25 37.50 -"  # of both folds
+    assert lines_of(text)["vit", "der"].startswith("75.00 ± 35.36 75.00 ± 0.00 75.00 ± 17.68 75.00 ± 0.00 ")
+    assert lines_of(text)["vit", "ranpac, by sum (1 of 2 folds)"].startswith("50.00 50.00 50.00 50.00 ")
 
 
 def noisy(seed):
-    """HAND's folds with random scores, and the samples tested after each session: ((session, subject), true, guess)."""
-    random = np.random.RandomState(seed)
-    scores = [{name: random.randn(*np.shape(fold[name])) for name in ("scores_0", "scores_1")} for fold in HAND]
-    folds = {i: read(HAND[i] | scores[i]) for i in range(2)}
-    found = [[(protocols.outcome(saved, t), saved["subjects"]) for saved in folds.values()] for t in (0, 1)]
-    return folds, [[((s, p), x, y) for out, who in pair for x, y, s, p in zip(*out, who)] for pair in found]
+    """HAND with random scores, and the samples tested after each session: ((session, subject), true, predicted)."""
+    random, tested = np.random.RandomState(seed), [[], []]
+    files = [fold | {f"scores_{t}": random.randn(*np.shape(fold[f"scores_{t}"])) for t in (0, 1)} for fold in HAND]
+    for t, fold in itertools.product((0, 1), map(read, files)):
+        for true, predicted, session, subject in zip(*protocols.outcome(fold, t), fold["subjects"]):
+            tested[t].append(((session, subject), true, predicted))
+    return files, tested
 
 
 def test_intervals_and_differences_are_those_of_a_loop(monkeypatch):
-    rows, session = [[noisy(0), noisy(1)], [noisy(2)]], np.array([0, 0, 1, 1, 1])  # two seeds, and one
+    pair, session = [[noisy(0), noisy(1)], [noisy(2)]], np.array([0, 0, 1, 1, 1])  # two seeds, and one
     drawn = report.draw(session)
     assert drawn.shape == (2000, 5) and (drawn[:, :2].sum(1) == 2).all() and (drawn[:, 2:].sum(1) == 3).all()
     assert abs((drawn == 0).mean(0) - np.repeat([0.5**2, (2 / 3) ** 3], (2, 3))).max() < 0.05  # how often not drawn
     monkeypatch.setattr(report, "DRAWS", 30)
     monkeypatch.setattr(report, "FLIPS", 300)
     drawn = [dict(zip(PEOPLE, weights)) for weights in report.draw(session)]
+    a, b = (as_line(*(files for files, _ in seeds)) for seeds in pair)
 
-    def again(row, measure, weights):  # of each sample as many as its subject was drawn; S1 and S2, means over seeds
-        times = [[[s[1:] for s in seed[t] for _ in range(weights[s[0]])] for _, seed in row] for t in (0, 1)]
+    def again(seeds, measure, weights):  # of each sample as many as its subject was drawn; S1 and S2, means over seeds
+        times = [[[s[1:] for s in seed[t] for _ in range(weights[s[0]])] for _, seed in seeds] for t in (0, 1)]
         return np.array([100 * np.mean([measure(*zip(*pairs)) for pairs in samples]) for samples in times])
 
     ends = lambda values: np.quantile([[*v, np.mean(v), v[1]] for v in values], (0.025, 0.975), 0)  # noqa: E731
     for name, measure in report.MEASURES.items():
-        expected = ends([again(rows[0], measure, weights) for weights in drawn])
-        np.testing.assert_allclose(report.intervals([folds for folds, _ in rows[0]], "sum")[name], expected)
-    value, low, high, p = report.difference(*([report.by_subject(folds, "sum") for folds, _ in row] for row in rows))
-    less = [np.subtract(*(again(row, protocols.accuracy, weights) for row in rows)) for weights in drawn]
+        expected = ends([again(pair[0], measure, weights) for weights in drawn])
+        np.testing.assert_allclose(report.intervals(*report.by_subject(a, "sum"))[name], expected)
+    value, low, high, p = report.difference(a, b)
+    less = [np.subtract(*(again(seeds, protocols.accuracy, weights) for seeds in pair)) for weights in drawn]
     np.testing.assert_allclose([low, high], ends(less)[:, :3])
-    share = [[[100 * np.mean([[w == who and x == y for w, x, y in seed[t]] for _, seed in row]) for who in PEOPLE]
-              for t in (0, 1)] for row in rows]  # fmt: skip
+    share = [[[100 * np.mean([[w == who and x == y for w, x, y in seed[t]] for _, seed in seeds]) for who in PEOPLE]
+              for t in (0, 1)] for seeds in pair]  # fmt: skip
     sums = np.subtract(*share) @ np.vstack([np.ones(5), np.random.default_rng(0).choice((-1.0, 1.0), (300, 5))]).T
     sums = np.vstack([sums, sums.mean(0)])  # (S1 S2 avg, as it is and then 300 flips)
     np.testing.assert_allclose(value, sums[:, 0])
@@ -653,13 +660,14 @@ def test_intervals_and_differences_are_those_of_a_loop(monkeypatch):
     assert len(set(p)) > 1 and 0.01 < min(p) < 0.9  # neither none nor all
 
 
-def test_seeds_are_one_row(tmp_path, call):
+def test_seeds_are_one_line(tmp_path, call):
     """S2 of the two folds is 50 and 75 by seed 0, 100 and 75 by seed 1; S1 is 50 and 100 by both."""
+    root, weights = tmp_path / "seeds", tmp_path / "weights"
     for place, (files, seed) in {"0": (HAND, 0), "1": (BETTER, 1), "copy": (BETTER, 1)}.items():
-        write_run(tmp_path / place / "1", files, seed=seed)
-    out = rows_of(call(report, tmp_path, "--csv", tmp_path / "a.csv", "--details").out)
+        write_run(root / place / "1", files, seed=seed)
+    out = lines_of(call(report, root, "--csv", tmp_path / "a.csv", "--details").out)
     both = "75.00 ± 35.36 75.00 ± 0.00 75.00 ± 17.68 75.00 ± 0.00 {:.1f} to {:.1f} 62.5 to 87.5 81.25"
-    ends = report.intervals([dict(enumerate(map(read, files))) for files in (HAND, BETTER)], "sum")["accuracy"][:, 3]
+    ends = report.intervals(*report.by_subject(as_line(HAND, BETTER), "sum"))["accuracy"][:, 3]
     assert out["backbone", "method"] == "S1 S2 avg last last, 95 % last of the seeds last by prob"
     assert out["vit", "der, 2 seeds"] == both.format(*ends)
     assert out["sum", "mean"] == "75.00 75.00 75.00 75.00" and out["sum", "forgetting"] == "0.00 - 0.00 -"
@@ -668,22 +676,21 @@ def test_seeds_are_one_row(tmp_path, call):
     words = ("seeds", "std avg", "pooled accuracy S2", "recall disgust", "lowest seed last")
     assert [by_sum[word] for word in words] == ["0 1", "17.6777", "75.0000", "62.5000", "62.5000"]
     for seed, name in itertools.product((0, 1), ("none", "a.pt")):  # random weights differ from seed to seed
-        changes = dict(seed=seed, changed={"weights": name}, weights=f"{name}, sha256 {seed}")
-        write_run(tmp_path / f"weights {name} {seed}" / "1", **changes)
-    found = rows_of(call(report, tmp_path).out)
-    assert {("vit", f"der weights={word}") for word in ("none, 2 seeds", "a.pt", "a.pt, seed 1")} < found.keys()
-    for folder in tmp_path.glob("weights*"):
-        shutil.rmtree(folder)
-    apart = rows_of(call(report, tmp_path, "--each-seed").out)
+        changed = dict(changed={"weights": name}, weights=f"{name}, sha256 {seed}")
+        write_run(weights / f"{name} {seed}" / "1", seed=seed, **changed)
+    found = [line[1] for line in lines_of(call(report, weights).out) if line[0] == "vit"]
+    assert found == ["der weights=a.pt", "der weights=a.pt, seed 1", "der weights=none, 2 seeds"]
+    apart = lines_of(call(report, root, "--each-seed").out)
     assert [apart["vit", f"der, seed {seed}"][14:19] for seed in (0, 1)] == ["62.50", "87.50"] and len(apart) == 5
-    write_run(tmp_path / "2" / "1", [BETTER[0], None], seed=2)
-    assert ("vit", "der, 3 seeds (1 of 2 folds)") in rows_of(call(report, tmp_path).out)
-    write_run(tmp_path / "3" / "1", [None, HAND[1]], seed=3)  # now they have no fold in common
-    write_run(tmp_path / "4" / "1", seed=4, code={"der.py": "1"}, versions={"torch": "3"})
-    text = call(report, tmp_path).out
+    write_run(root / "2" / "1", [BETTER[0], None], seed=2)
+    out = lines_of(call(report, root).out)  # fold 0 of all three: 50, 100 and 100 after session 2
+    assert out["vit", "der, 3 seeds (1 of 2 folds)"].startswith("50.00 83.33 66.67 83.33 ")
+    write_run(root / "3" / "1", [None, HAND[1]], seed=3)  # now they have no fold in common
+    write_run(root / "4" / "1", seed=4, code={"der.py": "1"}, versions={"torch": "3"})
+    text = call(report, root).out
     labels = ["der", "der, seed 1", "der, seed 2 (1 of 2 folds)", "der, seed 3 (1 of 2 folds)", "der, seed 4"]
-    assert [row[1] for row in rows_of(text) if row[0] == "vit"] == labels
-    assert text.count("not one row") == 1 and "vit der, seed 4 differ in code and versions" in text
+    assert [line[1] for line in lines_of(text) if line[0] == "vit"] == labels
+    assert text.count("not one line") == 1 and "vit der, seed 4 differ in code and versions" in text
 
 
 def test_compare(tmp_path, call, monkeypatch):
@@ -701,14 +708,14 @@ def test_compare(tmp_path, call, monkeypatch):
     value, ends, p = ([cell.strip() for cell in line.split("|")[2:-1]] for line in out.splitlines()[-3:])
     assert value == ["der, 2 seeds - new", "+0.00", "-25.00", "-12.50"] and ends[:2] == ["95 %", "+0.00 to +0.00"]
     assert p[1] == "1.0000" and 0.48 < float(p[2]) < 0.52  # two subjects: both signs are alike in half of the flips
-    out = rows_of(call(report, "runs", "--compare", "pixels", "der", "--how", "max").out)
-    assert [row for row in out if "pixels" in row[1]] == [("swin", "pixels - der"), ("vit", "pixels - der, 2 seeds")]
-    out = rows_of(call(report, "runs", "--compare", "runs/r10", "runs/r11/1").out)  # folders tell seeds apart
+    out = lines_of(call(report, "runs", "--compare", "pixels", "der", "--how", "max").out)
+    assert [line for line in out if "pixels" in line[1]] == [("swin", "pixels - der"), ("vit", "pixels - der, 2 seeds")]
+    out = lines_of(call(report, "runs", "--compare", "runs/r10", "runs/r11/1").out)  # folders tell seeds apart
     assert out["vit", "der - der, seed 1"] == "+0.00 +25.00 +12.50"
     for words, parts in {
         "der nosuch": "nosuch: no such run; there are der, half, new, older, pixels, twice, and their folders",
-        "der half": "der has folds 0 1, half 0 (ILCV,", "der older": "images i0, folds f1 (vit)",
-        "der runs": "several rows of ILCV", "new twice": "several rows of ILCV",
+        "der half": "der has folds 0 1, half 0, in ILCV,", "der older": "images i0, folds f1, vit",
+        "der runs": "several lines of ILCV", "new twice": "several lines of ILCV",
         "der new --csv a.csv": "--compare stands alone", "der new --each-seed": "--compare stands alone",
     }.items():  # fmt: skip
         out, notes = call(report, "runs", "--compare", *words.split())
@@ -725,14 +732,14 @@ def test_loso_is_pooled_and_the_paper_stands_beside_its_like(tmp_path, call):
     write_run(tmp_path / "a" / "1", files, **real, **loso, counts=casme2)
     write_run(tmp_path / "b" / "1", files[:1], **real, **loso | {"method": "der"}, counts=casme2)
     text = call(report, tmp_path, "--csv", tmp_path / "a.csv").out
-    for row, values in {
+    for line, values in {
         ("backbone", "method"): "accuracy UF1 UAR accuracy, 95 %",
         ("-", "always the commonest emotion"): "40.00 19.05 33.33 -",
         ("vit", "finetune"): "60.00 43.33 50.00 50.0 to 66.7",  # (2/4 + 4/5 + 0) / 3, (1/2 + 1 + 0) / 3
         ("vit", "finetune, the paper, on its own preparation"): "76.60 72.30 71.90 -",
         ("vit", "der (1 of 2 folds)"): "66.67 66.67 75.00 -",  # one person has no interval
     }.items():
-        assert rows_of(text)[row] == values, row
+        assert lines_of(text)[line] == values, line
     assert "240 of 246 samples" in text and "95 % low UAR" in (tmp_path / "a.csv").read_text()
     assert "more than one session" in call(report, tmp_path, "--plot", "a.png").err
     assert "| difference | accuracy |\n" in call(report, tmp_path, "--compare", "finetune", "finetune").out
@@ -740,41 +747,45 @@ def test_loso_is_pooled_and_the_paper_stands_beside_its_like(tmp_path, call):
     least, five = dict(casme2=232, samm=128, mmew=278, casme3=761), dict.fromkeys(range(5))  # 95 % of the usable
     counts = lambda **change: {name: {"samples": count} for name, count in (least | change).items()}  # noqa: E731
     good = real | dict(method="ranpac", backbone="vit", protocol="ilcv", changed={}, counts=counts(), fold_count=5)
+    good["trials"] = [five]
     for change in (
         dict(changed={"weights": "none"}), dict(changed={"lr": 1.0}), dict(synthetic=True), dict(fold_count=3),
         dict(fold_count=6), dict(preset="tiny"), dict(method="linear"), dict(counts=counts(dfme=1856)),
-        dict(counts=dict(reversed(counts().items()))), dict(counts=casme2),
+        dict(counts=dict(reversed(counts().items()))), dict(counts=casme2), dict(trials=[{0: {}}]),
         *(dict(counts=counts(**{name: count - 1})) for name, count in least.items()),
         *(loso | dict(counts={name: {"samples": count}}) for name, count in {"casme2": 231, "samm": 134}.items()),
     ):  # fmt: skip
-        assert not report.paper(good | change, five), change
-    assert not report.paper(good, {0: {}}) and "1,399 of 1,534 samples" in report.title(good | dict(images=0, folds=0))
-    assert report.paper(good | loso | {"counts": casme2}, five) == (76.6, 72.3, 71.9)
+        assert not report.paper(good | change), change
+    assert "1,399 of 1,534 samples" in report.title_of(good | dict(images=0, folds=0))
+    assert report.paper(good | loso | {"counts": casme2}) == [76.6, 72.3, 71.9]
     for change in ({}, {"changed": {"weights": "vit.safetensors"}}):
-        assert report.paper(good | change, five) == (53.23, 46.18, 50.50, 43.84, 48.44, 43.84)
-    assert len(report.TABLE2) == 28 and all(abs(sum(row[:4]) / 4 - row[4]) < 0.011 for row in report.TABLE2.values())
+        assert report.paper(good | change) == [53.23, 46.18, 50.50, 43.84, 48.44, 43.84]
+    *table2, _, _, _ = report.published()
+    assert [line["table"] for line in report.published()] == 28 * ["2"] + 3 * ["3"]
+    for line in table2:
+        sessions = [float(line[f"S{t}"]) for t in (1, 2, 3, 4)]
+        assert abs(np.mean(sessions) - float(line["avg"])) < 0.011 and float(line["last"]) == sessions[3], line
 
 
 def test_plot(tmp_path, call, monkeypatch):
-    """Eight methods and four controls: of each its line, the paper's marks, and a way to its name, with its mark."""
-    axes, lines, names = pytest.importorskip("matplotlib.axes").Axes, [], []
-    monkeypatch.setattr(axes, "plot", lambda *a, draw=axes.plot, **k: lines.append((list(a[-1]), k)) or draw(*a, **k))
-    monkeypatch.setattr(axes, "text", lambda *a, draw=axes.text, **k: names.append(a[3]) or draw(*a, **k))
-    monkeypatch.setattr(report, "paper", lambda info, folds: (1, 2, 3, 2) if info["method"] == "A" else ())
+    """Eight methods and four controls, each with a look of its own, named in the order of the ends, from the top."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(report, "paper", lambda line: [60, 70, 65, 70] if line["method"] == "A" else [])
     for name in "ABCDEFGHIJKL":
-        code = {os.path.join("controls" * (name > "H"), f"{name}.py"): ""}
-        write_run(tmp_path / name / "1", method=name, code=code)
-    write_run(tmp_path / "seed1" / "1", BETTER, method="H", code={"H.py": ""}, seed=1)
-    call(report, tmp_path, "--plot", tmp_path / "a.png")
-    assert [values for values, _ in lines[::4]] == [[75, 62.5]] * 7 + [[75, 75]] + [[75, 62.5]] * 4
-    assert [values for values, _ in lines[1::4]] == [[1, 2]] + [[]] * 11 and lines[1][1]["mfc"] == "none"
-    styles = [(style["color"], style.get("marker"), style.get("ls")) for _, style in lines[::4]]
-    assert len({how[0] for how in styles}) == len({how[1:] for how in styles}) == 12
-    assert all(mark and not dash for _, mark, dash in styles[:8])
-    assert all(float(grey) < 0.6 and dash and not mark for grey, mark, dash in styles[8:])
-    assert names == [*"ABCDEFG", "H, 2 seeds", *"IJKL"] and min(np.diff(sorted(v[0] for v, _ in lines[3::4]))) > 0.1
-    places = report.spread([5, 50, 5.1, 5, -9], 2)  # moved about their middle, in their order
-    assert places.round(9).tolist() == [3.05, 50, 7.05, 5.05, -9] and Image.open(tmp_path / "a.png").width > 400
+        write_run(tmp_path / name / "1", method=name, code=[os.path.join("controls" * (name > "H"), f"{name}.py")])
+    write_run(tmp_path / "seed1" / "1", BETTER, method="H", code=["H.py"], seed=1)
+    assert call(report, tmp_path, "--plot", tmp_path / "a.svg").err == ""
+    svg, names = (tmp_path / "a.svg").read_text().split("<!-- vit -->")
+    assert re.findall("<!-- (.*) -->", names)[:12] == ["H, 2 seeds", *"ABCDEFGIJKL"]
+    shape = r'<path d="M \S+ (\S+) \nL \S+ (\S+) \n" clip.*none; (?:.*array: (.*?);.*)?stroke: (#(?!b0b0b0)\w+);'
+    first, last, dashes, colours = zip(*re.findall(shape, svg))
+    assert first == 12 * (last[0],) and last[1:] == 11 * (last[1],)  # H stays at 75 %; the others fall to 62.5 %
+    assert len(set(colours)) == 12 and len(set(dashes)) == 5 and dashes[:8] == 8 * ("",)
+    marks = dict(re.findall(r'href="#(\w+)" x=.*"fill: (#\w+)', svg))
+    assert sorted(marks.values()) == sorted(colours[:8])  # each method's own
+    top, percent = float(first[0]), (float(last[1]) - float(first[0])) / 12.5  # y grows downwards
+    papers = np.float64(re.findall(r'y="(\S+)" style="fill-opacity: 0; stroke: ' + colours[1], svg))
+    assert percent > 0 and papers == pytest.approx([top + 15 * percent, top + 5 * percent], abs=1e-4)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install matplotlib" in call(report, tmp_path, "--plot", "a.png").err
 
@@ -798,7 +809,7 @@ def test_which_runs_stand_where(tmp_path, call):
     (root / "old/run.json").write_text('{"fold_count": 5, "method": "der"}')  # of the first edition
     (root / "broken/run.json").write_text("{")
     text, notes = call(report, root)
-    assert [row[1] for row in rows_of(text) if row[0] == "vit"] == ["der lr=2", "der lr=4"]
+    assert [line[1] for line in lines_of(text) if line[0] == "vit"] == ["der lr=2", "der lr=4"]
     assert text.count("mixed") == 1 and "the folds of vit der lr=4 differ in threads" in text
     words = ["b/1 (older)", "b/2 (older)", "c/1 (no finished fold)", "old (no run", "broken (no run"]
     assert all(word in notes.splitlines()[-1] for word in words) and notes.count(": not used (") == 2
@@ -830,15 +841,15 @@ def test_export_show_check(tmp_path, monkeypatch):
     assert lines[-2:] == ["repression 27 of 27".split(), "surprise 24 of 25 -1".split()]
 
 
-def test_tables_has_every_row(call):
-    rows = [f"python {method}.py --backbone {backbone} --protocol {p}" for p, backbone, method in report.TABLE2]
-    rows += [f"python finetune.py --backbone {name} --protocol loso --sessions casme2" for _, name, _ in report.TABLE3]
-    lines = call(tables, "--dry-run").out.splitlines()
-    assert sorted(lines) == sorted(f"{row} --seed 0 --out {os.path.join('results', 'table')}" for row in rows)
+def test_tables_has_every_line(call):
+    lines = [f"python {line['method']}.py --backbone {line['backbone']} --protocol {line['protocol']}"
+             + " --sessions casme2" * (line["table"] == "3") for line in report.published()]  # fmt: skip
+    found = call(tables, "--dry-run").out.splitlines()
+    assert sorted(found) == sorted(f"{line} --seed 0 --out {os.path.join('results', 'table')}" for line in lines)
     more = "--data no/where --preset tiny --out o"
-    lines = call(tables, *f"--seeds 2 0 2 --controls --dry-run {more}".split()).out.splitlines()
-    assert len(set(lines)) == len(lines) == 2 * 63 and all(line.endswith(more) for line in lines)
-    assert f"python -m controls.norch --backbone swin --protocol slcv --seed 2 {more}" in lines
+    found = call(tables, *f"--seeds 2 0 2 --controls --dry-run {more}".split()).out.splitlines()
+    assert len(set(found)) == len(found) == 2 * 63 and all(line.endswith(more) for line in found)
+    assert f"python -m controls.norch --backbone swin --protocol slcv --seed 2 {more}" in found
 
 
 def test_tables_runs_one_per_device(tmp_path, call, monkeypatch):
@@ -847,9 +858,9 @@ def test_tables_runs_one_per_device(tmp_path, call, monkeypatch):
     monkeypatch.setattr(tables, "commands", lambda *_: [fails, [*real, "--out", str(tmp_path / "table")]])
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     out, notes = call(tables, "--out", tmp_path / "table")
-    assert ("none", "pixels projected=100 (1 of 5 folds)") in rows_of(out)  # a run as it is written is read
-    rows = rows_of(call(report, tmp_path / "table", "--details").out)
-    assert [cell == "-" for cell in rows["sum", "forgetting"].split()] == [False, False, True, False, True]
+    assert ("none", "pixels projected=100 (1 of 5 folds)") in lines_of(out)  # a run as it is written is read
+    found = lines_of(call(report, tmp_path / "table", "--details").out)
+    assert [cell == "-" for cell in found["sum", "forgetting"].split()] == [False, False, True, False, True]
     assert "1 of 2 left after " in notes and "0 of 2 left after " in notes and "failed: -c" in notes
     assert "error: threads 1" in notes.splitlines()[-2] and notes.splitlines()[-1].startswith("error: 1 runs failed")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -862,8 +873,10 @@ open(sys.argv[1] + "log", "a").write(name[-1] + os.environ["OMP_NUM_THREADS"] + 
     assert set((tmp_path / "log").read_text().split()) == {"33", "53"}  # both were used; threads are left as they are
 
 
-def test_mistakes_end_with_one_line(tmp_path, call):
+def test_mistakes_end_with_one_line(tmp_path, call, monkeypatch):
     write_run(tmp_path / "a" / "1", [])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "HERE", str(tmp_path))  # below which pretrain would write tiny/vit.pt
     for tool, words, error in (
         (report, "''", "no such folder"), (report, tmp_path, "no finished fold"), (report, "a --csv ''", "--csv"),
         (report, "a --plot ''", "--plot"), (report, "a --plot a.doc", "--plot"), (view, "show --out a.doc", ".png"),
@@ -871,221 +884,85 @@ def test_mistakes_end_with_one_line(tmp_path, call):
         (view, "export --out a --data b", "no --data"), (view, "check --out a", "no --out"),
         (view, "check --size 3", "--size 3"), (tables, "--jobs 0", "--jobs"),
         (tables, "--data nowhere", "no such folder"), (tables, "--data '' --dry-run", "--data"),
-        (tables, "--alike --dry-run", "--alike"),
+        (tables, "--seeds 0 -1", "--seeds 0 -1"), (pretrain, "--backbone odd", "--backbone odd"),
+        (bench, "--parts gpu", "invalid choice: 'gpu'"), (bench, "--device nowhere", "--device nowhere"),
+        (pretrain, "--backbone test_vit --size 6", "takes 6 pixels"), (pretrain, "--size 96", "--size 96"),
+        *((pretrain, words, words) for words in ("--images 9", "--lr inf", "--lr nan", "--lr -1", "--batch 1")),
+        (pretrain, "--seed -1", "--seed -1"), *((pretrain, f"--out '{out}'", "name a file") for out in ("", "/", "a")),
     ):  # fmt: skip
         out, notes = call(tool, *shlex.split(str(words)))
-        assert not out and notes.splitlines()[-1].startswith("error: ") and error in notes.splitlines()[-1], words
+        *others, last = notes.splitlines()
+        assert not out and last.startswith("error: ") and error in last, words
+        assert all(line.startswith("note: ") for line in others), words
+    assert "loss is not finite" in call(pretrain, *"--backbone resnet --images 40 --batch 2 --lr 1e20".split()).err
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["run.json"]  # nothing is written
 
 
-@pytest.fixture
-def gpu_bench(call, monkeypatch):
-    """gpu_bench(scripts, *parts): what `bench --gpu --device cpu` prints for these scripts, and its error."""
-
-    def run(scripts, *parts):
-        monkeypatch.setattr(bench, "SCRIPTS", scripts)
-        monkeypatch.setattr(bench, "ON_ALL", scripts[:1])
-        return call(bench, "--gpu", "--device", "cpu", "--parts", *parts)
-
-    return run
-
-
-def test_bench_gpu_tried_on_the_cpu(gpu_bench, monkeypatch):
-    """The tables have a row per script, CPU against CPU differs by nothing, and what fails is one line and is counted.
-
-    Not driven here: the processes side by side, which take long to start, and what only CUDA can tell."""
-    out, stop = gpu_bench(["controls.linear", "nowhere", "controls.pixels"], "scores", "sessions", "ridges")
-    lines = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("| ")]
-    assert [line[:3] for line in lines[2:4]] == [[f"controls.{name}", "0 %", "0 %"] for name in ("linear", "pixels")]
-    rows = [line for line in lines if len(line) == 5 and line[0] != "---"][1:]
-    what = [f"{line[0]} {line[1]} {line[3]} {line[4]}" for line in rows]
-    assert what == [f"controls.{name} - -" for name in ("linear vit", "pixels vit", "linear swin", "linear resnet")]
-    assert all(0 <= float(line[2]) < 60 for line in rows)
-    assert len(lines[-1]) == 4 and all(float(cell) > 0 for cell in lines[-1])  # the ridge's sessions
-    assert out.count("failed: nowhere: ModuleNotFoundError: No module named 'nowhere'\n") == 1
-    assert stop == "error: 2 failed: nowhere, nowhere --backbone vit\n"
-
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # one after the other: the second is the first
-    monkeypatch.setattr(bench, "torchrun", functools.cache(bench.torchrun))
-    out, stop = gpu_bench(["controls.pixels"], "accuracies")
-    assert not stop and re.search(r"\n\| controls.pixels \| (\d\d\.\d\d) \| \1 \| \+0.00 \|  \|\n$", out)
-    assert bench.rate("vit", "cpu") > 0
-
-
-def test_bench_marks_what_differs_and_names_what_failed(gpu_bench, monkeypatch):
-    found = iter([0.96, 1.0, 0.94, 1.0, 1.0, 0.99995, 1.0, 0.9998])  # of two scripts, on the device and on the CPU
-    scores = lambda script, *flags, device: {0: dict.fromkeys(["scores_0", "scores_1"], np.array([next(found)]))}  # noqa: E731
-    monkeypatch.setattr(bench, "run_here", scores)
-    out, _ = gpu_bench(["der", "foster", "controls.linear", "controls.pixels"], "scores")
-    marks = [line.strip("| ").split(" | ")[3:] for line in out.splitlines()[-4:]]
-    assert marks == [[], ["above 5 %"], [], ["above 0.01 %"]], out
-    found = iter([50.0, 52.0, 50.0, 47.9])
-    monkeypatch.setattr(bench, "torchrun", lambda *words: next(found))
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    out, _ = gpu_bench(["der", "foster"], "accuracies")
-    assert out.splitlines()[-2:] == [
-        "| der | 50.00 | 52.00 | +2.00 |  |",
-        "| foster | 50.00 | 47.90 | -2.10 | above 2 |",
-    ]
-    # Of processes side by side the one that failed is named, not one that waited for it.
-    jobs = [concurrent.futures.Future() for _ in range(3)]
-    for job, error in zip(jobs, (threading.BrokenBarrierError(), MemoryError("full"), threading.BrokenBarrierError())):
-        job.set_exception(error)
-    with pytest.raises(MemoryError):
-        bench.together_rate(jobs)
-
-
-def test_bench_lists_the_lines_that_wait(monkeypatch):
-    """On the CPU, with what CUDA would say put in, from inside of a library: the script's line is what is named."""
-
-    def warned(word):
-        if modes[-1] == "warn":
-            warnings.warn(f"called a {word} CUDA operation", stacklevel=1)
-
-    code = """
-warned("synchronizing")  # outside of the loop waits do not count
-for step, _ in enumerate(batches):
-    warned("different")
-    if step in some:
-        warned("synchronizing"), warned("synchronizing")
-    warned("synchronizing")
-"""
-
-    def run_here(script, *flags, device):
-        for count in (6, 10):
-            names = {"warned": warned, "batches": common.batches(count, 2, 1, "cpu"), "some": [0] * (count == 6)}
-            exec(compile(code, f"{common.HERE}/der.py", "exec"), names)
-        return {0: {"seconds": [1.0, 2.5]}}
-
-    monkeypatch.setattr(bench, "run_here", run_here)
-    for name, value in {"reset_peak_memory_stats": None, "max_memory_allocated": 3 * 2**20}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    modes = ["default"]
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
-    assert bench.watched("der", "cuda") == ("3.5", "3", "der.py:7 (8 of 8), der.py:6 (1 of 8)")
-    assert modes == ["default", "warn", "default", "warn", "default"]
-
-
-def test_bench_gpu_needs_cuda(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for words, error in (
-        ("--gpu", "--gpu: torch sees no CUDA device here$"), ("--gpu --parts loop", "--parts loop: of scores, "),
-        ("--device cpu", "--device and --compile go with --gpu"),
-    ):  # fmt: skip
-        monkeypatch.setattr(sys, "argv", ["bench", *words.split()])
-        with pytest.raises(SystemExit, match=f"^error: {error}"):
-            bench.main()
+def test_bench_prints_every_part(call, monkeypatch):
+    """Each part, made small, prints what docs/speed.md shows, in units that can be; a script that fails is named."""
+    for name, value in dict(SCRIPTS=["controls.linear", "controls.pixels"], M=2000, EPOCHS=1, IMAGES=32).items():
+        monkeypatch.setattr(bench, name, value)
+    begin, flags = time.perf_counter(), "--device cpu -- --sessions casme2 --backbone resnet".split()
+    out = call(bench, "--parts", "scripts", "ridge", "loop", "backbones", *flags).out
+    device, scripts, ridge, loop, backbones = out.split("\n\n")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d, torch 2\S+, cpu \(\w+\), \d+ of \d+ threads", device)
+    assert scripts.endswith("\ncontrols.pixels  error: --backbone, --weights: there is no network here")
+    took, peak = map(float, re.search(r"\ncontrols.linear +(\d+\.\d) s +(\d+) MiB\n", scripts).groups())
+    assert 1 < took < time.perf_counter() - begin and 200 < peak < 2000  # torch alone takes so much
+    *low, dense, one, ratio = map(float, re.findall(r"(?<= )(?:\d+\.\d\d|\d+(?= s,)|\d+$)", ridge.split("\n", 1)[1]))
+    assert ridge.count("\n") == 3 and len(low) == 4 and "17 lambdas, float64, seconds per session: " in ridge
+    assert abs(dense - 4 * 18 * one) < 0.9 and ratio == pytest.approx(dense / sum(low), rel=0.2)  # one: to 0.01 s
+    assert 0.2 < float(loop.splitlines()[1]) < 10
+    for name, line in zip(common.TINY, backbones.splitlines()[1:], strict=True):
+        trained, seen = re.fullmatch(rf"{name} +(\d+) images/s trained, +(\d+) images/s seen", line).groups()
+        assert 10 < int(trained) < int(seen) < 1e5, line
 
 
 # ---- pretrain, the shipped weight files and docs/ -------------------------------------------------------------------
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """run(script, *words) calls main() of a script, such as "tools.view", and returns what it prints."""
-
-    def call(script, *words):
-        module = importlib.import_module(script)
-        monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, words)])
-        try:
-            return module.main() or capsys.readouterr().out
-        except SystemExit as stop:
-            return stop.code or capsys.readouterr().out
-
-    return call
-
-
-def test_pretrain_makes_files_that_every_method_takes(run, tmp_path):
+def test_pretrain_makes_files_that_every_method_takes(call, tmp_path):
     flags = "--sessions casme2 --folds 0 --epochs-first 0 --projected 100 --out".split() + [tmp_path / "results"]
     for backbone, preset, size in (("resnet", "tiny", 48), ("resnet10t", "paper", 40),
                                    ("vit_tiny_patch16_224", "paper", 32)):  # fmt: skip
         file = tmp_path / f"{backbone}.pt"
         images, lr = (3000, 0.003) if preset == "tiny" else (150, 0.001)
         words = ["--backbone", backbone, "--images", images, "--batch", 50, "--size", size, "--lr", lr, "--out", file]
-        losses = re.findall(r"held-out loss (\S+)", run("tiny.pretrain", *words))
+        losses = re.findall(r"held-out loss (\S+)", call(pretrain, *words).out)
         made = torch.load(file, weights_only=True)["made"]
         assert len(losses) == min(10, images // 50) and made["size"] == size
         assert f"{made['held_out_loss']:.4f}" == losses[-1]
         assert preset == "paper" or made["held_out_loss"] < 0.95 * made["no_motion_loss"]  # it learns
-        screen = run("ranpac", "--backbone", backbone, "--preset", preset, "--weights", file, *flags)
+        screen = call(ranpac, "--backbone", backbone, "--preset", preset, "--weights", file, *flags).out
         assert f"({file.name}, {size} px, " in screen, screen
 
 
-def test_pretrain_mistakes_are_one_line_and_write_nothing(run, tmp_path):
-    out = tmp_path / "made.pt"
-    for words, error in (
-        ("--backbone test_vit --size 6", "that takes 6 pixels"), ("--backbone odd", "--backbone odd"),
-        ("--backbone vit --size 96", "--size 96"), ("--lr inf", "--lr inf"), ("--lr nan", "--lr nan"),
-        ("--lr -1", "--lr -1"), ("--images 10", "--images 10"), ("--batch 1", "--batch 1"), ("--seed -1", "--seed -1"),
-        ("--backbone resnet --images 40 --batch 2 --lr 1e20", "not finite"),
-    ):  # fmt: skip
-        line = run("tiny.pretrain", *words.split(), "--out", out)
-        assert line.startswith("error: ") and error in line and "\n" not in line and not out.exists(), (words, line)
-
-
-def test_pretrain_targets_are_the_clean_flow_in_cells():
+def test_pretrain_targets_are_the_clean_flow_in_cells_and_flows_those_of_the_shipped_files():
     images, targets = pretrain.Batches(2, 3, 48, 5)[1]  # the second batch, of three images
     clean, seen = pretrain.random_flows(np.random.RandomState([5, 1]), 3, 48)
     for i in range(3):
         largest = max(np.hypot(*seen[i, y, x]) for y in range(48) for x in range(48))
-        cells = [
-            clean[i, 8 * r : 8 * r + 8, 8 * c : 8 * c + 8, k].mean() for k in (0, 1) for r in range(6) for c in range(6)
-        ]
-        np.testing.assert_allclose(targets[i], 7 * np.array(cells) / largest, atol=1e-5)
+        cells = clean[i].reshape(6, 8, 6, 8, 2).mean((1, 3)).transpose(2, 0, 1)  # x and y, each row by row
+        np.testing.assert_allclose(targets[i], 7 * cells.flatten() / largest, atol=1e-5)
         assert (images[i].numpy() == data.flow_to_image(seen[i : i + 1])[0]).all()
-    big = pretrain.Batches(1, 1, 100, 0)[0]
-    assert [tuple(part.shape) for part in big] == [(1, 3, 100, 100), (1, 72)]
-
-
-def test_pretrain_replaces_no_shipped_file_for_an_empty_path(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(common, "HERE", str(tmp_path))  # beside which the shipped files would be
-    for out in ("", "/", str(tmp_path)):
-        assert run("tiny.pretrain", "--images", 100, "--out", out) == f"error: --out {out!r}: must name a file"
-    assert not list(tmp_path.iterdir())
-
-
-def test_shipped_files_are_small_safe_and_say_how_they_were_made():
-    paths = {name: pathlib.Path(common.HERE, "tiny", f"{name}.pt") for name in common.TINY}
-    for name, path in paths.items():
-        made = torch.load(path, weights_only=True)["made"]
-        assert f"pretrain --backbone {name}" in made["command"]
-        assert made["held_out_loss"] < 0.25 * made["no_motion_loss"]
-    assert sum(path.stat().st_size for path in paths.values()) < 6e6
-
-
-def test_random_flows_are_those_that_the_shipped_files_were_trained_on():
     random = np.random.RandomState(0)
     clean, seen = pretrain.random_flows(random, 3, 48)  # numbers of the first edition
     values = [clean.sum(), seen.sum(), *clean[2, 20, 30], *seen[2, 20, 30]]
     np.testing.assert_allclose(values, [719.874, 1416.560, 0.00951, -0.01987, 0.15224, 0.03938], rtol=1e-3)
     assert random.randint(2**31) == 1291920150  # as many draws
+    for name in common.TINY:
+        path = HERE / "tiny" / f"{name}.pt"
+        made = torch.load(path, weights_only=True)["made"]
+        assert f"pretrain --backbone {name}" in made["command"] and path.stat().st_size < 2e6
+        assert made["held_out_loss"] < 0.25 * made["no_motion_loss"]
 
 
-def test_alike_is_what_a_folder_without_others_gives(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(tables, "REAL", {"controls.pixels": (86.2, 67.5, None, 53)})
-    line = run("tools.tables", "--alike", "--seeds", 3).splitlines()[-1]
-    found = re.fullmatch(
-        r"controls.pixels +86.2 / (\S+) \((\S+)\) +67.5 / (\S+) \(.*\) +- / (\S+) +53 / (\S+) \(.*\)", line
-    )
-    sessions = data.synthetic(48, 3, ["casme2", "samm"])
-    view.export(sessions, tmp_path / "alike")
-    for folder in (tmp_path / "alike").glob("*_others"):
-        shutil.rmtree(folder)
-    flags = ["--preset", "tiny", "--protocol", "slcv", "--sessions", "casme2", "samm", "--out", tmp_path / "results"]
-    screen = run("controls.pixels", "--data", tmp_path / "alike", *flags)
-    means = re.search(r"sum, mean over folds +(\S+) +(\S+)", screen).groups()
-    tests = re.search(r"after samm +(\S+) +(\S+)", screen).groups()
-    expected = [*means, *tests]
-    assert np.allclose(np.float64([found[1], *found.groups()[2:]]), np.float64(expected), atol=0.06)
-    assert abs(float(found[2]) - (float(means[0]) - 86.2)) < 0.11
-
-
-def test_commands_in_docs_have_flags_that_exist(run):
+def test_commands_in_docs_have_flags_that_exist(call):
     scripts = {}  # {script: flags} of all that docs/ names
-    for path in pathlib.Path(common.HERE, "docs").glob("*.md"):
+    for path in (HERE / "docs").glob("*.md"):
         pieces = path.read_text(encoding="utf-8").split("```")  # every second one is a block; the others have code in `
         code = "\0".join([*"".join(pieces[1::2]).splitlines(), *re.findall(r"`([^`]+)`", "".join(pieces[::2]))])
         for module, script, more in re.findall(r"(?:-m\s+([\w.]+)|(\w+)\.py)\b([^;#'\0]*)", code):
             scripts.setdefault(module or script, set()).update(re.findall(r"--[\w-]+", more))
-    assert {"tools.prepare", "tools.view", "tools.report", "tools.tables", "tools.bench", "tiny.pretrain"} < set(
-        scripts
-    )
+    assert {f"tools.{name}" for name in ("prepare", "view", "report", "tables", "bench", "pretrain")} < set(scripts)
     for script in set(scripts) - {"FILE", "test_all"}:  # any script, and the first edition's
-        assert scripts[script] <= set(re.findall(r"--[\w-]+", run(script, "--help").split("\noptions:")[1])), script
+        options = call(importlib.import_module(script), "--help").out.split("\noptions:")[1]
+        assert scripts[script] <= set(re.findall(r"--[\w-]+", options)), script

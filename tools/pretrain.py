@@ -4,12 +4,12 @@ The tiny preset starts from tiny/vit.pt, swin.pt or resnet.pt, as the paper pres
 They are trained on flow images of random bumps, without faces, action units or emotions, to predict the clean flow on a
 grid of 6 x 6 cells; the last layer is then thrown away. Any other timm model can be trained so, too:
 
-    python -m tiny.pretrain --backbone vit       a quarter to half an hour on two cores; makes tiny/vit.pt anew
-    python -m tiny.pretrain --backbone vit_base_patch16_224 --size 96
+    python -m tools.pretrain --backbone vit       a quarter to half an hour on two cores; makes tiny/vit.pt anew
+    python -m tools.pretrain --backbone vit_base_patch16_224 --size 96
     python ranpac.py --data processed --backbone vit_base_patch16_224 --weights vit_base_patch16_224-96.pt
 
-It starts from random weights, on CUDA where there is one. Every image is made for one step and then forgotten. (An
-older version of this script made the three files here, from 98,000 images that were seen six times.)
+It starts from random weights, on CUDA where there is one. Every image is made for one step and then forgotten. (The
+three files here were made by an older version, from 98,000 images that were seen six times.)
 
 Shapes: B batch, N images, S image side in pixels, K bumps of motion.
 """
@@ -73,7 +73,7 @@ def main():
     for flag, default in (("images", 600_000), ("batch", 64), ("seed", 0)):
         p.add_argument(f"--{flag}", type=int, default=default, metavar="N", help=f"(default: {default})")
     p.add_argument("--lr", type=float, default=1e-3, metavar="X", help="the largest learning rate (default: 0.001)")
-    p.add_argument("--out", metavar="FILE", help="(default: tiny/NAME.pt beside this script, or ID-S.pt here)")
+    p.add_argument("--out", metavar="FILE", help="(default: tiny/NAME.pt beside common.py, or ID-S.pt here)")
     args = p.parse_args()
     args.preset = "tiny" if args.backbone in common.TINY else "paper"
     if args.preset == "tiny" and args.size not in (None, common.TINY_SIZE):
@@ -88,28 +88,32 @@ def main():
     args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backbone = common.create(args, args.size)
     size = backbone.image_size
-    tiny = os.path.join(common.HERE, "tiny", f"{args.backbone}.pt")
-    out = args.out or (tiny if args.preset == "tiny" else f"{args.backbone.replace('/', '-')}-{size}.pt")
+    out = args.out or f"{args.backbone.replace('/', '-')}-{size}.pt"
+    if args.out is None and args.preset == "tiny":
+        out = os.path.join(common.HERE, "tiny", f"{args.backbone}.pt")
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     protocols.write(f"{out}.try", b"")  # a folder that cannot be written to is better known before the training
     os.remove(f"{out}.try")
 
     mean, std = (torch.tensor(values, device=args.device).view(3, 1, 1) for values in (backbone.mean, backbone.std))
-    normalise = lambda images: (images.to(args.device).float() / 255 - mean) / std  # noqa: E731
     held_out = Batches(1 + 500 // args.batch, args.batch, size, args.seed + 2**31)  # of another seed
     tests, targets = (torch.cat(parts) for parts in zip(*(held_out[i] for i in range(len(held_out)))))
     made = Batches(args.images // args.batch, args.batch, size, args.seed)
     network = nn.Sequential(backbone, nn.Linear(backbone.num_features, 72)).to(args.device)
+
+    def predict(images):  # (B, 3, S, S) uint8 -> (B, 72)
+        return network((images.to(args.device).float() / 255 - mean) / std)
+
     optimizer = torch.optim.AdamW(network.parameters(), args.lr, weight_decay=0.05, fused=True)
     # The learning rate rises for a twentieth of the steps, then falls as a cosine.
     rate = lambda step: min(20 * (step + 1) / len(made), (1 + math.cos(math.pi * step / len(made))) / 2)  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    workers = min(8, os.cpu_count() or 1)  # they make the images
-    loader = torch.utils.data.DataLoader(made, batch_size=None, num_workers=workers)
-    for step, (images, clean) in enumerate(bar := data.progress(loader, "training"), 1):
+    loader = torch.utils.data.DataLoader(made, batch_size=None, num_workers=min(8, os.cpu_count() or 1))
+    bar = data.progress(loader, "training")
+    for step, (images, clean) in enumerate(bar, 1):
         network.train()
         with common.autocast(args):
-            predicted = network(normalise(images))  # (B, 72)
+            predicted = predict(images)
         loss = F.smooth_l1_loss(predicted.float(), clean.to(args.device))
         optimizer.zero_grad()
         loss.backward()
@@ -117,18 +121,20 @@ def main():
         schedule.step()
         if 10 * step // len(made) > 10 * (step - 1) // len(made):  # ten times in all
             network.eval()
-            predicted = common.extract(lambda images: network(normalise(images)), tests, size=args.batch).cpu()
-            test, none = (F.smooth_l1_loss(p, targets).item() for p in (predicted, torch.zeros_like(predicted)))
+            predicted = common.extract(predict, tests, size=args.batch).cpu()
+            test = F.smooth_l1_loss(predicted, targets).item()
+            none = F.smooth_l1_loss(torch.zeros_like(targets), targets).item()
             bar.write(f"{step * args.batch} images  held-out loss {test:.4f} (predicting no motion: {none:.4f})")
             sys.stdout.flush()
             if not math.isfinite(test):
                 sys.exit("error: the held-out loss is not finite; try a smaller --lr")
     typed = {name: getattr(args, name) for name in ("backbone", "images", "batch", "seed", "lr")} | {"size": size}
-    command = " ".join(["python -m tiny.pretrain", *(f"--{name} {value}" for name, value in typed.items())])
+    command = " ".join(["python -m tools.pretrain", *(f"--{name} {value}" for name, value in typed.items())])
     about = {"command": command, "size": size, "held_out_loss": test, "no_motion_loss": none}
-    state = backbone.cpu().state_dict()
-    state = {key: v.half() if v.is_floating_point() and v.abs().max() < 6e4 else v for key, v in state.items()}
-    file = io.BytesIO()
+    state, file = backbone.cpu().state_dict(), io.BytesIO()
+    for key, value in state.items():
+        if value.is_floating_point() and value.abs().max() < 6e4:  # else it does not fit into float16
+            state[key] = value.half()
     torch.save({"state_dict": state, "made": about | {"torch": str(torch.__version__)}}, file)
     protocols.write(out, file.getvalue())
     print(f"{out}: {len(file.getvalue()) / 1e6:.2f} MB")
