@@ -185,6 +185,7 @@ class Run:
         if t == len(self.sessions) - 1:
             saved |= {"identity": _sha(self.info), "threads": torch.get_num_threads()}
             saved["processor"] = torch.backends.cpu.get_cpu_capability()
+            saved["device"] = torch.cuda.get_device_name() if self.args.device.type == "cuda" else self.args.device.type
             file = io.BytesIO()
             np.savez_compressed(file, **saved)
             write(os.path.join(self.folder, f"fold{fold}.npz"), file.getvalue())
@@ -278,8 +279,8 @@ def describe(args, sessions, tests, folds_hashes, merges):
         "code",
     )  # hashed below, or apart
     tests_hash = _sha([[s.keys.tolist(), *(test.tolist() for test in t)] for s, t in zip(sessions, tests)])[:12]
-    versions = {name: metadata.version(name) for name in ("torch", "timm", "numpy", "pillow")}
-    versions["python"] = sys.version.split()[0]
+    versions = {name: metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy", "pillow")}
+    versions |= {"cuda": torch.version.cuda, "python": sys.version.split()[0]}
     return {
         "arguments": {name: value for name, value in vars(args).items() if name not in elsewhere},
         "merges": list(merges),

@@ -999,7 +999,7 @@ def test_a_run_is_what_its_numbers_depend_on(monkeypatch):
                           " versions").split()
     assert set(info["arguments"]) == {"backbone", "protocol", "sessions", "preset", "seed", "wild", "method", "changed"}
     assert info["device"] == "cpu" and info["versions"]["torch"] == metadata.version("torch")
-    assert list(info["versions"]) == ["torch", "timm", "numpy", "pillow", "python"]
+    assert list(info["versions"]) == ["torch", "torchvision", "timm", "numpy", "pillow", "cuda", "python"]
     assert info["weights"] == "no network" and set(info["code"]) == {*core, *code} - {"unused.py"}
 
 SAVES = "import time; time.sleep(0.1)\nwith open({!r}, 'a') as file:\n    file.write('\\na = 1')\n"  # as an editor

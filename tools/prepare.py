@@ -311,7 +311,7 @@ def judge(session, entries):
         entry |= {"emotion": emotion, "subject": subject, "onset": onset, "apex": apex, "reason": ""}
         clip = (subject, entry["clip"].lower(), onset if source.many else None)
         # Wrong entries are never repaired: the sheets' copies do so, and disagree. The offset is not looked at.
-        if emotion not in data.DATASETS[session].emotions:
+        if emotion not in data.DATASETS[session]:
             entry["reason"] = NO_LABEL
         elif not digits or not entry["clip"]:
             entry["reason"] = NO_CLIP
@@ -478,7 +478,7 @@ def report(out, sessions, entries):
     write_table(out, "report.csv", sessions, dropped)
     print(f"{'session':8s} {'emotion':12s} {'sheet':>7s} {'Table 1':>7s} {'usable':>7s} {'expected':>8s}")
     for session in sessions:
-        known, own = data.DATASETS[session].emotions, [entry for entry in entries if entry["session"] == session]
+        known, own = data.DATASETS[session], [entry for entry in entries if entry["session"] == session]
         sheet = Counter(entry["emotion"] for entry in own)
         usable = Counter(entry["emotion"] for entry in own if not entry["reason"])
         counts = {word: [sheet[word], sheet[word] * (word in known), usable[word]] for word in [*known, *sorted(sheet)]}

@@ -2,14 +2,15 @@
 
 The tiny preset starts from tiny/vit.pt, swin.pt or resnet.pt, as the paper preset does from ImageNet's checkpoints.
 They are trained on flow images of random bumps, without faces, action units or emotions, to predict the clean flow on a
-grid of 6 x 6 cells; the last layer is then thrown away. Any other timm model can be trained so, too:
+grid of 6 x 6 cells; the last layer is thrown away. Any other timm model can be trained so, too:
 
     python -m tools.pretrain --backbone vit       a quarter to half an hour on two cores; makes tiny/vit.pt anew
+    python -m tools.pretrain --coding uvs --images 400000                       made tiny/vit-uvs.pt, for tools.megc2019
     python -m tools.pretrain --backbone vit_base_patch16_224 --size 96
     python ranpac.py --data processed --backbone vit_base_patch16_224 --weights vit_base_patch16_224-96.pt
 
-It starts from random weights, on CUDA where there is one. Every image is made for one step and then forgotten. (The
-three files here were made by an older version, from 98,000 images that were seen six times.)
+It starts from random weights, on CUDA where there is one. Every image is made for one step and then forgotten. (An
+older version made vit.pt, swin.pt and resnet.pt from 98,000 images that were seen six times.)
 
 Shapes: B batch, N images, S image side in pixels, K bumps of motion.
 """
@@ -49,11 +50,21 @@ def random_flows(random, count, size, bumps=6):
     return clean, seen
 
 
+def flow_to_uvs(flow):
+    """Code flow fields (N, S, S, 2) as RGB images (N, 3, S, S) uint8: u, v and optical strain, sqrt(u_x^2 + v_y^2 +
+    (u_y + v_x)^2 / 2), each scaled from 0 to 255 within an image, as the images of tools.megc2019 are."""
+    u, v = flow[..., 0], flow[..., 1]
+    (u_y, u_x), (v_y, v_x) = np.gradient(u, axis=(1, 2)), np.gradient(v, axis=(1, 2))
+    channels = np.stack([u, v, np.sqrt(u_x**2 + v_y**2 + (u_y + v_x) ** 2 / 2)], 1)
+    low, high = channels.min((2, 3), keepdims=True), channels.max((2, 3), keepdims=True)
+    return np.round(255 * (channels - low) / np.maximum(high - low, 1e-12)).astype(np.uint8)
+
+
 class Batches(torch.utils.data.Dataset):
     """Batches number 0 to count - 1: images (B, 3, S, S) uint8, and the clean flow to predict (B, 72): 6 x 6 cells."""
 
-    def __init__(self, count, batch, size, seed):
-        self.count, self.batch, self.size, self.seed = count, batch, size, seed
+    def __init__(self, count, batch, size, seed, coding):
+        self.count, self.batch, self.size, self.seed, self.coding = count, batch, size, seed, coding
 
     def __len__(self):
         return self.count
@@ -63,12 +74,14 @@ class Batches(torch.utils.data.Dataset):
         # The image's value is relative to its strongest motion, so the target is too. 7 makes its variance about 1.
         relative = 7 * clean / np.hypot(seen[..., 0], seen[..., 1]).max((1, 2))[:, None, None, None]
         cells = F.adaptive_avg_pool2d(torch.from_numpy(relative).float().permute(0, 3, 1, 2), 6)  # (B, 2, 6, 6)
-        return torch.from_numpy(data.flow_to_image(seen)), cells.flatten(1)
+        images = flow_to_uvs(seen) if self.coding == "uvs" else data.flow_to_image(seen)
+        return torch.from_numpy(images), cells.flatten(1)
 
 
 def main():
     p = common.parser(__doc__)
     p.add_argument("--backbone", default="vit", help="vit, swin, resnet (the tiny ones) or a timm id (default: vit)")
+    p.add_argument("--coding", choices=("hsv", "uvs"), default="hsv", help="of the images (default: hsv)")
     p.add_argument("--size", type=int, metavar="S", help="of a timm model's images, in pixels (default: its own)")
     for flag, default in (("images", 600_000), ("batch", 64), ("seed", 0)):
         p.add_argument(f"--{flag}", type=int, default=default, metavar="N", help=f"(default: {default})")
@@ -81,28 +94,24 @@ def main():
     for flag, least in (("size", 6), ("batch", 2), ("images", args.batch), ("seed", 0)):
         if not least <= (least if getattr(args, flag) is None else getattr(args, flag)) < 2**31:
             sys.exit(f"error: --{flag} {getattr(args, flag)}: must be at least {least} and less than 2**31")
-    if not 0 < args.lr < math.inf:
-        sys.exit(f"error: --lr {args.lr}: must be finite and more than 0")
-    if args.out is not None and (not os.path.basename(args.out) or os.path.isdir(args.out)):
-        sys.exit(f"error: --out {args.out!r}: must name a file")
     args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backbone = common.create(args, args.size)
+    args.weights, args.method = "none", "pretrain"
+    backbone = common.make_backbone(args, size=args.size)
     size = backbone.image_size
-    out = args.out or f"{args.backbone.replace('/', '-')}-{size}.pt"
-    if args.out is None and args.preset == "tiny":
-        out = os.path.join(common.HERE, "tiny", f"{args.backbone}.pt")
+    name = args.backbone.replace("/", "-") + ("" if args.coding == "hsv" else f"-{args.coding}")
+    out = args.out or (
+        os.path.join(common.HERE, "tiny", f"{name}.pt") if args.preset == "tiny" else f"{name}-{size}.pt"
+    )
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     protocols.write(f"{out}.try", b"")  # a folder that cannot be written to is better known before the training
     os.remove(f"{out}.try")
-
-    mean, std = (torch.tensor(values, device=args.device).view(3, 1, 1) for values in (backbone.mean, backbone.std))
-    held_out = Batches(1 + 500 // args.batch, args.batch, size, args.seed + 2**31)  # of another seed
+    held_out = Batches(1 + 500 // args.batch, args.batch, size, args.seed + 2**31, args.coding)  # of another seed
     tests, targets = (torch.cat(parts) for parts in zip(*(held_out[i] for i in range(len(held_out)))))
-    made = Batches(args.images // args.batch, args.batch, size, args.seed)
+    made = Batches(args.images // args.batch, args.batch, size, args.seed, args.coding)
     network = nn.Sequential(backbone, nn.Linear(backbone.num_features, 72)).to(args.device)
 
     def predict(images):  # (B, 3, S, S) uint8 -> (B, 72)
-        return network((images.to(args.device).float() / 255 - mean) / std)
+        return network(data.normalise(images.numpy(), backbone.mean, backbone.std).to(args.device))
 
     optimizer = torch.optim.AdamW(network.parameters(), args.lr, weight_decay=0.05, fused=True)
     # The learning rate rises for a twentieth of the steps, then falls as a cosine.
@@ -128,7 +137,9 @@ def main():
             sys.stdout.flush()
             if not math.isfinite(test):
                 sys.exit("error: the held-out loss is not finite; try a smaller --lr")
-    typed = {name: getattr(args, name) for name in ("backbone", "images", "batch", "seed", "lr")} | {"size": size}
+    typed = {name: getattr(args, name) for name in ("backbone", "coding", "images", "batch", "seed", "lr")} | {
+        "size": size
+    }
     command = " ".join(["python -m tools.pretrain", *(f"--{name} {value}" for name, value in typed.items())])
     about = {"command": command, "size": size, "held_out_loss": test, "no_motion_loss": none}
     state, file = backbone.cpu().state_dict(), io.BytesIO()

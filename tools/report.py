@@ -83,7 +83,7 @@ def find_runs(root):
 def title_of(run):
     """What the lines of one table have in common."""
     source, counts = "synthetic stream" if run["synthetic"] else "data", run["counts"]
-    in_sheets = [data.DATASETS[name].samples if name in data.DATASETS else None for name in counts]
+    in_sheets = [data.in_sheet(name) if name in data.DATASETS else None for name in counts]
     of = "" if None in in_sheets else f" of {sum(in_sheets):,}"
     tests = "" if run.get("tests", run["folds"]) == run["folds"] else f", tests {run['tests']}"
     return (f"{run['protocol'].upper()}, {source}, {', '.join(counts)}, {run['preset']} preset,"
@@ -204,17 +204,22 @@ def intervals(counts, session):
 def difference(a, b):
     """(value, low, high, p), (T + 1,) each: accuracy of line `a` less that of line `b`, of S1..ST and avg, in %.
 
-    Both have the same samples; correctness is averaged over seeds first. p is how often random signs of all subjects'
-    summed differences give a sum of this size or a larger one.
+    And {seed: value} of the seeds that both have. Both have the same samples; correctness is averaged over seeds first.
+    p is how often random signs of all subjects' summed differences give a sum of this size or a larger one.
     """
     (counts, session), (others, _) = by_subject(a, a["merge"]), by_subject(b, b["merge"])
     total = counts[1, 0].sum(-1)  # (T, S)
-    gain = 100 * (counts[0].sum(-1).mean(0) - others[0].sum(-1).mean(0))  # (T, S)
+    right, others = 100 * counts[0].sum(-1), 100 * others[0].sum(-1)  # (seeds, T, S) each
+    each = {}
+    for seed in [seed for seed in a["seeds"] if seed in b["seeds"]]:
+        own = right[a["seeds"].index(seed)] - others[b["seeds"].index(seed)]
+        each[seed] = with_average(own.sum(1) / total.sum(1))[:-1]
+    gain = right.mean(0) - others.mean(0)  # (T, S)
     share = with_average(gain / total.sum(1, keepdims=True))[:-1]  # (T + 1, S): its sum over subjects is the value
     drawn, signs = draw(session), np.random.default_rng(0).choice((-1.0, 1.0), (FLIPS, len(session)))
     low, high = np.quantile(with_average((gain @ drawn.T) / (total @ drawn.T))[:-1], (0.025, 0.975), 1)
     large = abs(share @ signs.T) > abs(share.sum(1, keepdims=True)) - 1e-9  # equal sums may differ in their last bits
-    return share.sum(1), low, high, (large.sum(1) + 1) / (FLIPS + 1)
+    return share.sum(1), low, high, (large.sum(1) + 1) / (FLIPS + 1), each
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
@@ -227,9 +232,10 @@ def columns(line):
 def numbers(line, how):
     """What can be said of a line by one merge: {what: values for the first of `columns`}, in % (sizes of scores not).
 
-    Means over seeds; std is over folds, of these means. Forgetting of a session is its best accuracy ever, pooled, less
-    that at the end, as in Chaudhry et al., arXiv 1801.10112, but the end itself may be the best, so it is never
-    negative. The last session has none.
+    Means over seeds; std is over folds, of these means. `tests after St`: accuracy on the tests of each session after
+    training on session t, pooled. Backward transfer of a session (arXiv 1706.08840): its accuracy at the end less that
+    after its own training, below 0 where it was forgotten. Forgetting (arXiv 1801.10112): its best accuracy ever less
+    that at the end, never below 0, since the end may be the best. The last session has neither.
     """
     found, seeds, times = {}, line["trials"], range(len(line["counts"]))
     counts, session = by_subject(line, how)
@@ -253,12 +259,16 @@ def numbers(line, how):
             found[f"95 % low {name}"], found[f"95 % high {name}"] = ends[name]
     if len(seeds) > 1:
         found["lowest seed"], found["highest seed"] = of_seeds.min(1), of_seeds.max(1)
+        found["std over seeds"] = of_seeds.std(1, ddof=1)
     if len(times) > 1:
-        lost = []
-        for s in times[:-1]:
-            hits, true = counts[:2, :, s:, session == s].sum((-2, -1))  # (seeds, times): the tests of session s
-            lost.append(100 * np.mean((hits / true).max(1) - (hits / true)[:, -1]))
-        found["forgetting"] = [*lost, np.nan, np.mean(lost)]
+        hits, true = np.stack([counts[:2, :, :, session == s].sum((-2, -1)) for s in times], -1)  # (seeds, T, T) each
+        matrix = 100 * hits / np.where(true > 0, true, np.nan)  # on the tests of each session (last), after each
+        for t in times:
+            found[f"tests after S{t + 1}"] = matrix.mean(0)[t]
+        end, own = matrix[:, -1, :-1], np.stack([matrix[:, s, s] for s in times[:-1]], 1)  # (seeds, T - 1) each
+        for what, values in {"backward transfer": end - own,
+                             "forgetting": np.nanmax(matrix[:, :, :-1], 1) - end}.items():  # fmt: skip
+            found[what] = [*values.mean(0), np.nan, values.mean()]
         # Long training makes large scores, and in eq. 3's sum a session with large scores decides.
         final = np.concatenate([saved[f"scores_{times[-1]}"] for folds in seeds for saved in folds.values()])
         sizes = abs(final - final.mean(1, keepdims=True)).mean(0)  # (R,)
@@ -304,7 +314,8 @@ def tables(groups, how):
             own = [line["backbone"], line["label"], *cells(found[shown], found.get("std", ()))]
             own.append(span(found, f"95 % low{measure}", f"95 % high{measure}", i))
             if several:
-                own.append(span(found, "lowest seed", "highest seed", i))
+                spread = f" (± {found['std over seeds'][i]:.1f})" if "std over seeds" in found else ""
+                own.append(span(found, "lowest seed", "highest seed", i) + spread)
             if head[-1] == "last by prob" and "prob" in line["merges"]:
                 own += cells(numbers(line, "prob")["mean"][-1:])
             table.append(own)
@@ -324,15 +335,23 @@ def tables(groups, how):
 
 
 def details(line):
-    """All numbers by every merge, and the confusion matrix of the line's own merge at the end, as Markdown."""
-    emotions, table = list(line["fold"]["emotions"]), []
+    """All numbers by every merge, and the confusion matrix of the line's own merge after each session, as Markdown."""
+    emotions, table = line["fold"]["emotions"].tolist(), []
     for way in line["ways"]:
         table += [[way, what, *cells(values)] for what, values in numbers(line, way).items()]
-    pairs = [protocols.pooled(folds, len(line["counts"]) - 1, line["merge"])[:2] for folds in line["trials"]]
-    true, predicted = np.concatenate(pairs, 1)
-    confusion = [[word, *np.bincount(predicted[true == e], minlength=len(emotions))] for e, word in enumerate(emotions)]
-    head = [f"true \\ predicted, by {line['merge']}, pooled, at the end", *emotions]
-    return grid(["merged by", "what", *columns(line)], table) + "\n\n" + grid(head, confusion)
+    text = [grid(["merged by", "what", *columns(line)], table)]
+    for t, session in enumerate(line["counts"]):
+        counts = [[word, *own] for word, own in zip(emotions, confusion(line, t, line["merge"]).tolist())]
+        text.append(grid([f"true \\ predicted, by {line['merge']}, pooled, after {session}", *emotions], counts))
+    return "\n\n".join(text)
+
+
+def confusion(line, t, how):
+    """How often each emotion (first axis) was taken for each one after session t, all folds and seeds: (E, E)."""
+    true, predicted = np.concatenate([protocols.pooled(folds, t, how)[:2] for folds in line["trials"]], 1)
+    counts = np.zeros((len(line["fold"]["emotions"]),) * 2, int)
+    np.add.at(counts, (true, predicted), 1)
+    return counts
 
 
 def is_meant(run, word):
@@ -366,10 +385,12 @@ def compare(groups, words, how):
             done = [" ".join(map(str, line["trials"][0])) for line in (a, b)]
             if done[0] != done[1]:
                 sys.exit(f"error: --compare: {words[0]} has folds {done[0]}, {words[1]} {done[1]}, in {place}")
-            value, low, high, p = difference(a, b)
+            value, low, high, p, each = difference(a, b)
             table.append([backbone, f"{a['label']} - {b['label']}", *(f"{v:+.2f}" for v in value)])
             table.append(["", "95 %", *(f"{v:+.2f} to {w:+.2f}" for v, w in zip(low, high))])
             table.append(["", "p", *(f"{v:.4f}" for v in p)])
+            for seed, own in each.items() if len(each) > 1 else ():
+                table.append(["", f"seed {seed}", *(f"{v:+.2f}" for v in own)])
         if table:
             shown = ["accuracy"] if runs[0]["protocol"] == "loso" else columns(runs[0])[:-1]
             text += [f"**{title}**", grid(["backbone", "difference", *shown], table)]
@@ -377,11 +398,14 @@ def compare(groups, words, how):
         sys.exit(f"error: --compare: no table has both, but {'; '.join(alone)}")
     for place in alone:
         print(f"note: nothing to compare with {place}", file=sys.stderr)
-    return "\n\n".join(["Accuracy, pooled over folds, in points: first less second; interval and p by subject.", *text])
+    about = (
+        "Accuracy, pooled over folds, in points: first less second. Interval and p are by subject: they do not cover"
+    )
+    return "\n\n".join([f"{about} the choice of the seed.", *text])
 
 
 def write_csv(groups, path):
-    """All lines, one per merge: what they are, and all numbers but the confusion matrix."""
+    """All lines, one per merge: what they are, how they were made, and all numbers; seconds are a fold's mean."""
     table, words = [], "method backbone protocol preset synthetic weights images folds fold_count".split()
     for line in sum(groups.values(), []):
         for way in line["ways"]:
@@ -392,9 +416,15 @@ def write_csv(groups, path):
                 own |= {f"{what} {name}": count[what] for what in ("samples", "subjects")}
             for what, values in numbers(line, way).items():
                 own |= {f"{what} {column}": f"{value:.4f}" for column, value in zip(columns(line), values)}
-            hits, true, _ = by_subject(line, way)[0][:, :, -1].sum((1, 2))  # (E,) each
-            for emotion, h, n in zip(line["fold"]["emotions"], hits, true):
-                own |= {f"recall {emotion}": f"{100 * h / n:.4f}"} if n else {}
+            saved = [saved for folds in line["trials"] for saved in folds.values()]
+            own |= {f"version of {name}": version for name, version in line["versions"].items()}
+            own["device"] = ";".join(sorted({str(fold["device"]) for fold in saved}))
+            for t in range(len(line["counts"])):
+                counts, emotions = confusion(line, t, way), line["fold"]["emotions"]
+                own[f"seconds S{t + 1}"] = f"{np.mean([fold['seconds'][t] for fold in saved]):.2f}"
+                for e in np.flatnonzero(counts.sum(1)):
+                    own[f"recall {emotions[e]} S{t + 1}"] = f"{100 * counts[e, e] / counts[e].sum():.4f}"
+                    own |= {f"{emotions[e]} as {word} S{t + 1}": n for word, n in zip(emotions, counts[e]) if n}
             table.append(own)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(dict.fromkeys(key for own in table for key in own)))

@@ -15,9 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-import warnings
 from pathlib import Path
 
 import cv2

@@ -62,10 +62,10 @@ def show(sessions, out):
 def check(sessions, path=None):
     """Print samples, subjects and emotions of each session, beside the official sheets' counts where they are known."""
     for session in sessions:
-        sheet = data.DATASETS[session.name]
-        print(f"{session.name:7s} {len(session.keys):5d} samples of {sheet.samples or '?':>5}"
-              f"  {len(np.unique(session.subjects)):4d} subjects of {sheet.subjects or '?':>4}")  # fmt: skip
-        for emotion, count in sheet.emotions.items():
+        sheet, people = data.DATASETS[session.name], data.SUBJECTS.get(session.name)
+        print(f"{session.name:8s} {len(session.keys):5d} samples of {data.in_sheet(session.name) or '?':>5}"
+              f"  {len(np.unique(session.subjects)):4d} subjects of {people or '?':>4}")  # fmt: skip
+        for emotion, count in sheet.items():
             own = np.count_nonzero(session.labels == emotion)
             difference = f"   {own - count:+d}" if count not in (None, own) else ""
             print(f"    {emotion:11s} {own:5d} of {'?' if count is None else count:>5}{difference}")
