@@ -158,13 +158,12 @@ def survey(session, args, settings):
     wanted = session in args.crop or (source.crop and session not in args.whole)
     place = session_folder(args.landmarks, session) if wanted else None
     landmarks = find_landmarks(session, place) if place else {}
-    kinds = {"raw": [], "cropped": []}
-    for key, path in folders:
-        kinds["cropped" if "crop" in os.path.relpath(path, root).lower() else "raw"].append((key, path))
-    kind, other = ("raw", "cropped") if landmarks else ("cropped", "raw")
-    if not kinds[kind]:
-        kind, other = other, kind
-    clips = dict(reversed(kinds[kind]))  # of several folders of a clip the first
+    raw, cropped = {}, {}
+    for key, path in reversed(folders):  # of several folders of a clip the first stays
+        clips = cropped if "crop" in os.path.relpath(path, root).lower() else raw
+        clips[key] = path
+    kind = "raw" if raw and (landmarks or not cropped) else "cropped"
+    clips = raw if kind == "raw" else cropped
     if kind == "cropped" and session not in args.crop:
         landmarks = {}  # these are faces already, and the benchmark's landmarks were measured in raw frames
     for entry in entries:
@@ -176,9 +175,8 @@ def survey(session, args, settings):
     sheet_place, crop = os.path.relpath(sheet, root), "landmarks" if landmarks else "whole frame"
     settings[session] = {"sheet": sheet_place, "sheet_sha256": sha256([sheet]), "frames": kind, "crop": crop}
     settings[session]["landmarks_sha256"] = sha256(landmarks.values()) if landmarks else None
-    found = f"{len(entries)} entries in {sheet_place}, {len(clips)} clip folders of {kind} frames"
-    unused = f"not used: {len(kinds[other])} of {other} ones, {len(kinds[kind]) - len(clips)} doubles"
-    print(f"{session}: {found} ({unused}), {crop}", flush=True)
+    found = f"{len(clips)} clips of {kind} frames ({len(raw)} raw and {len(cropped)} cropped in {len(folders)} folders)"
+    print(f"{session}: {len(entries)} entries in {sheet_place}, {found}, {crop}", flush=True)
     if wanted and kind == "raw" and not landmarks:
         print(f"warning: {session}: its raw frames stay whole, the benchmark crops them by --landmarks DIR/{session}")
     assign_folds(session, sorted((e for e in entries if e["reason"] not in (NO_LABEL, NO_CLIP)), key=fold_order))
@@ -481,7 +479,9 @@ def report(out, sessions, entries):
         known, own = data.DATASETS[session], [entry for entry in entries if entry["session"] == session]
         sheet = Counter(entry["emotion"] for entry in own)
         usable = Counter(entry["emotion"] for entry in own if not entry["reason"])
-        counts = {word: [sheet[word], sheet[word] * (word in known), usable[word]] for word in [*known, *sorted(sheet)]}
+        counts = {}
+        for word in [*known, *sorted(sheet)]:
+            counts[word] = [sheet[word], sheet[word] if word in known else 0, usable[word]]
         counts["all"] = [sum(column) for column in zip(*counts.values())] + [SOURCES[session].usable]
         for word, numbers in counts.items():
             print(f"{session:8s} {word:12s}" + "".join(f" {number:7d}" for number in numbers))
