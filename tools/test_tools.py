@@ -28,9 +28,11 @@ from PIL import Image
 
 import common
 import data
+import finetune
 import protocols
 import ranpac
-from tools import bench, prepare, pretrain, report, tables, view
+from controls import pixels
+from tools import bench, megc2019, prepare, pretrain, report, tables, view
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -101,7 +103,7 @@ ENTRIES = {  # subject, clip, onset, apex, label, image or reason; frames, if no
 OUTSIDE = "not (68, 2) or outside of the frame of 200 x 160 pixels"
 BAD_MARKS = {  # clip: what its landmark file holds instead, None being no file; a part of its reason and detail
     "006_1_2": (None, "no landmarks"), "013_1_8": (np.ones((98, 2)), f"cannot be used: points (98, 2), {OUTSIDE}"),
-    "032_3_2": (np.full((68, 2), 210.0), OUTSIDE), "EP1": (np.full((68, 2), np.nan), OUTSIDE),
+    "032_3_2": (np.full((68, 2), 180.0), OUTSIDE), "EP1": (np.full((68, 2), np.nan), OUTSIDE),
     "EP01_2": (np.full((68, 2), 0.5), "the chin is not below"), "sub0003_02": (b"PK\x03\x04", "cannot be used: ")}
 # fmt: on
 
@@ -288,16 +290,13 @@ def test_second_run_makes_only_what_is_missing_and_with_other_settings_nothing(p
     assert f"{len(EXPECTED)} images are there already, 14 to make" in here(*words, "samm")  # named twice
     os.renames(root / "011", samm / "SAMM" / "011")
     assert images(out) == before and [table(out, "report.csv"), table(out, "folds.csv")] == tables
-    record = json.loads(kept)
-    assert list(record["sessions"]) == list(HEADERS) and record["versions"][0]["opencv"] == cv2.__version__
-    assert record["sessions"]["casme3"]["sheet"] == SHEETS["casme3"].partition("/")[2]
     assert f"casme3: 13 entries in {SHEETS['casme3'].partition('/')[2]}, " in screen
     for old, new, part in (("64", "32", "size 32, this is 64"), ('e": 15', 'e": 21', "farneback"),
                            ("whole frame", "landmarks", "casme2 crop landmarks"),
                            ('"raw"', '"cropped"', "frames"), ('sha256": "', 'sha256": "0', "sheet_sha")):  # fmt: skip
         settings.write_text(kept.replace(old, new))
         refused([*words, "--sessions", "casme2"], out, part, "another --out")
-    settings.write_text(kept)
+    settings.write_text(kept.replace(cv2.__version__, "0"))
     for name, content in (("report.csv", "session,subject".encode("utf-16")), ("folds.csv", b"session;subject\n")):
         (out / name).write_bytes(content)  # saved by another program
         (out / key).unlink(missing_ok=True)
@@ -306,6 +305,9 @@ def test_second_run_makes_only_what_is_missing_and_with_other_settings_nothing(p
         os.remove(out / name)
     here(*words)
     assert images(out).keys() == before.keys() and [table(out, "report.csv"), table(out, "folds.csv")] == tables
+    record = json.loads(settings.read_text())
+    assert [versions["opencv"] for versions in record["versions"]] == ["0", cv2.__version__]
+    assert list(record["sessions"]) == list(HEADERS) and record["sessions"]["samm"]["sheet"].startswith("a" + os.sep)
 
 
 def test_landmarks_crop_both_frames_at_the_nose(prepared):
@@ -533,19 +535,19 @@ def write_run(folder, files=HAND, **changes):
     arguments |= {name: changes.pop(name) for name in list(changes) if name in arguments}
     info = dict(arguments=arguments, merges=["sum", "prob"], synthetic=True, fold_count=2, images="i0", folds="f0",
                 counts={"casme2": dict(samples=239, subjects=26), "samm": dict(samples=130, subjects=27)},
-                weights="vit.pt", code={"der.py": "0"}) | changes  # fmt: skip
+                weights="vit.pt", code={"der.py": "0"}, versions={"torch": "2.14"}) | changes  # fmt: skip
     os.makedirs(folder)
     (folder / "run.json").write_text(json.dumps(info))
     for i, arrays in enumerate(files):
         if arrays:
-            arrays = dict(fold=i, identity=protocols._sha(info), threads=1, processor="AVX2") | read(arrays)
-            np.savez(folder / f"fold{i}.npz", **arrays, seal=protocols._seal(arrays))
+            about = dict(fold=i, identity=protocols._sha(info), threads=1, processor="AVX2", device="cpu")
+            np.savez(folder / f"fold{i}.npz", **about | read(arrays))
 
 
 def as_line(*seeds):
     """A line of a table, given the files of each seed, with what the functions on subjects ask of it."""
     trials = [dict(enumerate(map(read, files))) for files in seeds]
-    return {"trials": trials, "fold": trials[0][0], "counts": [0, 1], "merge": "sum"}
+    return {"trials": trials, "seeds": [*range(len(seeds))], "fold": trials[0][0], "counts": [0, 1], "merge": "sum"}
 
 
 def lines_of(text):
@@ -585,18 +587,27 @@ def test_report_by_hand(tmp_path, call, monkeypatch):
         ("sum", "pooled UF1"): "40.00 71.43 55.71 71.43",  # (4/5 + 0) / 2; (4/7 + 1 + 4/7) / 3
         ("sum", "pooled UAR"): "50.00 72.22 61.11 72.22",  # (1 + 0) / 2; (1/2 + 1 + 2/3) / 3
         ("sum", "size of scores"): f"{size[0]:.2f} {size[1]:.2f} - -",
+        ("prob", "tests after S1"): "66.67 - - -",
+        ("prob", "tests after S2"): "100.00 60.00 - -",  # of session 1 and of session 2
         ("prob", "forgetting"): "0.00 - 0.00 -",  # session 1 from 2 right of 3 to 3: never less than nothing
+        ("prob", "backward transfer"): "33.33 - 33.33 -",
         ("centered", "forgetting"): "33.33 - 33.33 -",  # to 1 right of 3
+        ("centered", "backward transfer"): "-33.33 - -33.33 -",
     }.items():
         assert lines_of(text)[line] == values, line
     assert lines_of(text)["vit", "new, by max"].startswith("75.00 ± 35.36 62.50 ± 17.68 68.75 ± 8.84 62.50 ± 17.68 ")
-    by_sum, by_max = (lines_of(part.partition("\n| true")[2]) for part in text.split("### ")[1:])
+    by_sum, by_max = (lines_of(part.rpartition("\n| true")[2]) for part in text.split("### ")[1:])
+    first = lines_of(text.split("### ")[1].split("\n| true")[1])  # after the first session
+    assert first["disgust", "2"] == "0 0" and first["anger", "1"] == "0 0"
     assert by_sum == {("disgust", "2"): "0 2", ("anger", "0"): "1 0", ("fear", "1"): "0 2", ("---", "---"): "--- ---"}
     assert by_max["fear", "1"] == "1 1"  # by each run's own first way
     by_prob = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))[1]
-    words = "method merge mean_S2 std_avg pooled_UAR_S2 paper_S1 folds samples_casme2 subjects_samm recall_fear".split()
-    values = "der prob 75.0000 17.6777 77.7778 1.0000 f0 239 27 33.3333".split()
-    assert [by_prob[word.replace("_", " ")] for word in words] == values and by_prob["recall disgust"] == "100.0000"
+    words = (
+        "method merge mean_S2 std_avg pooled_UAR_S2 paper_S1 folds samples_casme2 subjects_samm recall_fear_S2".split()
+    )
+    words += "recall_disgust_S2 fear_as_disgust_S2 version_of_torch device seconds_S1 tests_after_S2_S1".split()
+    values = "der prob 75.0000 17.6777 77.7778 1.0000 f0 239 27 33.3333 100.0000 2 2.14 cpu 0.00 100.0000".split()
+    assert [by_prob[word.replace("_", " ")] for word in words] == values
     write_run(tmp_path / "c" / "1", HAND[:1], method="ranpac", merges=["sum"])  # no logits: prob means nothing
     text = call(report, tmp_path, "--how", "prob").out
     assert "folds f0, merged by prob**\n" in text and "last by prob" not in text
@@ -633,7 +644,14 @@ def test_intervals_and_differences_are_those_of_a_loop(monkeypatch):
     for name, measure in report.MEASURES.items():
         expected = ends([again(pair[0], measure, weights) for weights in drawn])
         np.testing.assert_allclose(report.intervals(*report.by_subject(a, "sum"))[name], expected)
-    value, low, high, p = report.difference(a, b)
+    value, low, high, p, each = report.difference(a, b)
+    one, by_one = (
+        dict.fromkeys(PEOPLE, 1),
+        [again([seed], protocols.accuracy, dict.fromkeys(PEOPLE, 1)) for seed in pair[0]],
+    )
+    other = again(pair[1], protocols.accuracy, one)
+    assert list(each) == [0]  # the seed that both have
+    np.testing.assert_allclose(each[0], [*(by_one[0] - other), np.mean(by_one[0] - other)])
     less = [np.subtract(*(again(seeds, protocols.accuracy, weights) for seeds in pair)) for weights in drawn]
     np.testing.assert_allclose([low, high], ends(less)[:, :3])
     share = [[[100 * np.mean([[w == who and x == y for w, x, y in seed[t]] for _, seed in seeds]) for who in PEOPLE]
@@ -651,15 +669,15 @@ def test_seeds_are_one_line(tmp_path, call):
     for place, (files, seed) in {"0": (HAND, 0), "1": (BETTER, 1), "copy": (BETTER, 1)}.items():
         write_run(root / place / "1", files, seed=seed)
     out = lines_of(call(report, root, "--csv", tmp_path / "a.csv", "--details").out)
-    both = "75.00 ± 35.36 75.00 ± 0.00 75.00 ± 17.68 75.00 ± 0.00 {:.1f} to {:.1f} 62.5 to 87.5 81.25"
+    both = "75.00 ± 35.36 75.00 ± 0.00 75.00 ± 17.68 75.00 ± 0.00 {:.1f} to {:.1f} 62.5 to 87.5 (± 17.7) 81.25"
     ends = report.intervals(*report.by_subject(as_line(HAND, BETTER), "sum"))["accuracy"][:, 3]
     assert out["backbone", "method"] == "S1 S2 avg last last, 95 % last of the seeds last by prob"
     assert out["vit", "der, 2 seeds"] == both.format(*ends)
     assert out["sum", "mean"] == "75.00 75.00 75.00 75.00" and out["sum", "forgetting"] == "0.00 - 0.00 -"
     assert out["fear", "1"] == "0 5"  # the confusion matrix holds both seeds
     by_sum = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))[0]
-    words = ("seeds", "std avg", "pooled accuracy S2", "recall disgust", "lowest seed last")
-    assert [by_sum[word] for word in words] == ["0 1", "17.6777", "75.0000", "62.5000", "62.5000"]
+    words = ("seeds", "std avg", "pooled accuracy S2", "recall disgust S2", "lowest seed last", "std over seeds last")
+    assert [by_sum[word] for word in words] == ["0 1", "17.6777", "75.0000", "62.5000", "62.5000", "17.6777"]
     for seed, name in itertools.product((0, 1), ("none", "a.pt")):  # random weights differ from seed to seed
         changed = dict(changed={"weights": name}, weights=f"{name}, sha256 {seed}")
         write_run(weights / f"{name} {seed}" / "1", seed=seed, **changed)
@@ -725,18 +743,21 @@ def test_loso_is_pooled_and_the_paper_stands_beside_its_like(tmp_path, call):
         ("vit", "der (1 of 2 folds)"): "66.67 66.67 75.00 -",  # one person has no interval
     }.items():
         assert lines_of(text)[line] == values, line
-    assert "240 of 246 samples" in text and "95 % low UAR" in (tmp_path / "a.csv").read_text()
+    found = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))  # one row per emotion: nothing to merge
+    assert "240 of 246 samples" in text and [line["merge"] for line in found] == ["sum", "sum"]
+    assert [found[1][f"95 % {side} accuracy"] for side in ("low", "high")] == ["50.0000", "66.6667"]
     assert "more than one session" in call(report, tmp_path, "--plot", "a.png").err
     assert "| difference | accuracy |\n" in call(report, tmp_path, "--compare", "finetune", "finetune").out
 
-    least, five = dict(casme2=232, samm=128, mmew=278, casme3=761), dict.fromkeys(range(5))  # 95 % of the usable
+    least = dict(casme2=232, samm=128, mmew=278, casme3=761)  # 95 % of the usable
     counts = lambda **change: {name: {"samples": count} for name, count in (least | change).items()}  # noqa: E731
     good = real | dict(method="ranpac", backbone="vit", protocol="ilcv", changed={}, counts=counts(), fold_count=5)
-    good["trials"] = [five]
+    good["trials"] = [dict.fromkeys(range(5))]
     for change in (
-        dict(changed={"weights": "none"}), dict(changed={"lr": 1.0}), dict(synthetic=True), dict(fold_count=3),
-        dict(fold_count=6), dict(preset="tiny"), dict(method="linear"), dict(counts=counts(dfme=1856)),
-        dict(counts=dict(reversed(counts().items()))), dict(counts=casme2), dict(trials=[{0: {}}]),
+        dict(changed={"weights": "none"}), dict(changed={"lr": 1.0}), dict(synthetic=True), dict(preset="tiny"),
+        *(dict(fold_count=k, trials=[dict.fromkeys(range(done))]) for k, done in ((3, 3), (6, 6), (6, 5), (5, 4))),
+        dict(method="linear"), dict(counts=counts(dfme=1856)),
+        dict(counts=dict(reversed(counts().items()))), dict(counts=casme2),
         *(dict(counts=counts(**{name: count - 1})) for name, count in least.items()),
         *(loso | dict(counts={name: {"samples": count}}) for name, count in {"casme2": 231, "samm": 134}.items()),
     ):  # fmt: skip
@@ -869,9 +890,8 @@ def test_mistakes_end_with_one_line(tmp_path, call, monkeypatch):
         (tables, "--data nowhere", "no such folder"), (tables, "--data '' --dry-run", "--data"),
         (tables, "--seeds 0 -1", "--seeds 0 -1"), (pretrain, "--backbone odd", "--backbone odd"),
         (bench, "--parts gpu", "invalid choice: 'gpu'"), (bench, "--device nowhere", "--device nowhere"),
-        (pretrain, "--backbone test_vit --size 6", "takes 6 pixels"), (pretrain, "--size 96", "--size 96"),
-        *((pretrain, words, words) for words in ("--images 9", "--lr inf", "--lr nan", "--lr -1", "--batch 1")),
-        (pretrain, "--seed -1", "--seed -1"), *((pretrain, f"--out '{out}'", "name a file") for out in ("", "/", "a")),
+        (pretrain, "--backbone test_vit --size 6", "image of 6 pixels"), (pretrain, "--size 96", "--size 96"),
+        *((pretrain, bad, bad) for bad in ("--images 9", "--batch 1", "--seed -1")),
     ):  # fmt: skip
         out, notes = call(tool, *shlex.split(str(words)))
         *others, last = notes.splitlines()
@@ -883,7 +903,7 @@ def test_mistakes_end_with_one_line(tmp_path, call, monkeypatch):
 
 def test_bench_prints_every_part(call, monkeypatch):
     """Each part, made small, prints what docs/speed.md shows, in units that can be; a script that fails is named."""
-    for name, value in dict(SCRIPTS=["controls.linear", "controls.pixels"], M=2000, EPOCHS=1, IMAGES=32).items():
+    for name, value in dict(SCRIPTS=["controls.linear", "controls.pixels"], M=4000, EPOCHS=1, IMAGES=32).items():
         monkeypatch.setattr(bench, name, value)
     begin, flags = time.perf_counter(), "--device cpu -- --sessions casme2 --backbone resnet".split()
     out = call(bench, "--parts", "scripts", "ridge", "loop", "backbones", *flags).out
@@ -919,23 +939,139 @@ def test_pretrain_makes_files_that_every_method_takes(call, tmp_path):
 
 
 def test_pretrain_targets_are_the_clean_flow_in_cells_and_flows_those_of_the_shipped_files():
-    images, targets = pretrain.Batches(2, 3, 48, 5)[1]  # the second batch, of three images
+    images, targets = pretrain.Batches(2, 3, 48, 5, "hsv")[1]  # the second batch, of three images
+    strains, same_targets = pretrain.Batches(2, 3, 48, 5, "uvs")[1]
+    assert torch.equal(same_targets, targets)
     clean, seen = pretrain.random_flows(np.random.RandomState([5, 1]), 3, 48)
     for i in range(3):
         largest = max(np.hypot(*seen[i, y, x]) for y in range(48) for x in range(48))
         cells = clean[i].reshape(6, 8, 6, 8, 2).mean((1, 3)).transpose(2, 0, 1)  # x and y, each row by row
         np.testing.assert_allclose(targets[i], 7 * cells.flatten() / largest, atol=1e-5)
         assert (images[i].numpy() == data.flow_to_image(seen[i : i + 1])[0]).all()
+        u, v = seen[i, ..., 0], seen[i, ..., 1]
+        (u_y, u_x), (v_y, v_x) = np.gradient(u), np.gradient(v)
+        for channel, field in zip(strains[i].numpy(), (u, v, (u_x**2 + v_y**2 + (u_y + v_x) ** 2 / 2) ** 0.5)):
+            scaled = 255 * (field - field.min()) / (field.max() - field.min())
+            assert abs(channel - scaled).max() < 0.51 and (channel.min(), channel.max()) == (0, 255)
     random = np.random.RandomState(0)
     clean, seen = pretrain.random_flows(random, 3, 48)  # numbers of the first edition
     values = [clean.sum(), seen.sum(), *clean[2, 20, 30], *seen[2, 20, 30]]
     np.testing.assert_allclose(values, [719.874, 1416.560, 0.00951, -0.01987, 0.15224, 0.03938], rtol=1e-3)
     assert random.randint(2**31) == 1291920150  # as many draws
-    for name in common.TINY:
+    for name in (*common.TINY, "vit-uvs"):
         path = HERE / "tiny" / f"{name}.pt"
-        made = torch.load(path, weights_only=True)["made"]
-        assert f"pretrain --backbone {name}" in made["command"] and path.stat().st_size < 2e6
+        made, (backbone, _, coding) = torch.load(path, weights_only=True)["made"], name.partition("-")
+        assert f"pretrain --backbone {backbone} {coding and '--coding uvs '}--images" in made["command"]
+        assert path.stat().st_size < 2e6
         assert made["held_out_loss"] < 0.25 * made["no_motion_loss"]
+
+
+# ---- the public flow of MEGC 2019 ------------------------------------------------------------------------------------
+PUBLIC = {  # dataset of the list: its people and clips in their spelling, samples of the three classes, how many people
+    "smic": ("s{:02d}", "s{:02d}_ne_{:02d}", (70, 51, 43), 16), "samm": ("{:03d}", "{:03d}_{}_7", (92, 26, 15), 28),
+    "casme2": ("sub{:02d}", "EP{:02d}_{:02d}f", (88, 32, 25), 24)}  # fmt: skip
+
+
+def public_clone(root):
+    """A tree like the repository: its list, images of a colour each; {name: (dataset, person, class, file)}."""
+    images, lines = {}, []
+    for dataset, (person, clip, counts, people) in PUBLIC.items():
+        for i in range(sum(counts)):
+            label = sum(i >= end for end in np.cumsum(counts))
+            sub, name = (
+                person.format(i % people + 1),
+                clip.format(50 + i // 9, i),
+            )  # a clip's number is not the person's
+            Image.new("RGB", (28, 28), (i, label, people)).save(file := io.BytesIO(), "PNG")
+            images[f"{sub}_{name} .png"] = dataset, i % people + 1, "negative positive surprise".split()[label], file
+            lines.append([dataset, sub, name, label, "", f"{sub}_{name}.jpg", ""])
+    folder = root / "datasets" / "STSNet_whole_norm_u_v_os"
+    folder.mkdir(parents=True)
+    for name, (*_, file) in images.items():
+        (folder / name).write_bytes(file.getvalue())
+    text = "\n".join(",".join(map(str, line)) for line in lines)
+    head = "dataset,sub,filename_o,label,apex,imagename,sub_filename\n"
+    (root / "combined_3_class2_for_optical_flow.csv").write_text(head + text + "\n")
+    return images
+
+
+def test_public_flow_becomes_three_sessions_or_one(tmp_path, call, monkeypatch):
+    images, three, one = public_clone(tmp_path / "HTNet"), ["smic-3", "casme2-3", "samm-3"], ["megc-3"]
+    monkeypatch.chdir(tmp_path)
+    for flags, names, out in (([], three, "a"), (["--composite"], one, "b")):
+        assert "442 images of " + ", ".join(names) in call(megc2019, "--repo", "HTNet", "--out", out, *flags).out
+        found = {}  # {grey, which is the image: (session, subject, emotion)}
+        for session in data.load(out, names, 28):
+            assert session.emotions == ["negative", "positive", "surprise"]
+            assert len({*session.subjects}) == data.SUBJECTS[session.name]
+            for key, subject, emotion in zip(session.keys, session.subjects, session.labels):
+                found[Path(out, key).read_bytes()] = session.name, subject, emotion
+        places = ["smic", "casme2", "samm"]  # in order of publication
+        for dataset, person, emotion, file in images.values():
+            person += 1000 * (1 + places.index(dataset)) if flags else 0
+            assert found[file.getvalue()] == (f"{dataset}-3" if not flags else "megc-3", person, emotion)
+        assert len(found) == 442 and (Path(out) / "prepare.json").exists()
+    flags = ["--preset", "tiny", "--projected", "50", "--out", "results"]
+    screen = call(pixels, "--data", "a", "--sessions", *three, "--protocol", "slcv", *flags).out
+    assert "samm-3 133 of 133, subjects 28 of 28" in screen and "(folds.csv)" in screen and "S3 samm-3" in screen
+    screen = call(pixels, "--data", "b", "--sessions", *one, "--protocol", "loso", "--folds", "0", "67", *flags).out
+    assert "2 of 68 folds" in screen and "pooled over subjects" in screen
+    assert "442 samples" in call(report, "results").out
+
+
+def test_mistakes_with_the_public_flow_end_with_one_line(tmp_path, call, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = list(public_clone(tmp_path / "HTNet"))
+    whole = {path: path.read_bytes() for path in (tmp_path / "HTNet").rglob("*.*") if path.is_file()}
+    sheet, image = tmp_path / "HTNet" / megc2019.LIST, tmp_path / "HTNet" / megc2019.IMAGES / names[7]
+    Image.new("RGB", (30, 28)).save(large := io.BytesIO(), "PNG")
+    for path, content, words in (
+        (image, None, names[7]),
+        (image, large.getvalue(), "not 28 x 28 RGB"),
+        (image, b"text", "cannot identify"),
+        (sheet, None, megc2019.LIST),
+        (sheet, whole[sheet].replace(b"smic,s01", b"smik,s01"), "'smik'"),
+        (sheet, whole[sheet].replace(b"filename_o", b"file"), "'filename_o'"),
+        (sheet, whole[sheet].rsplit(b"\n", 2)[0], "24 images of casme2-3 surprise instead of 25"),
+    ):
+        path.write_bytes(content) if content else path.unlink()
+        out, error = call(megc2019, "--repo", "HTNet", "--out", "out")
+        assert not out and re.fullmatch(f"error: HTNet: .*{re.escape(words)}.*\n", error), error
+        path.write_bytes(whole[path])
+    os.mkdir("full")
+    Path("full", "a").touch()
+    for words in ("--repo HTNet --out full", "--repo nowhere --out out", "--repo HTNet --out ''"):
+        assert re.fullmatch("error: .*\n", call(megc2019, *shlex.split(words)).err), words
+    assert sorted(os.listdir()) == ["HTNet", "full"]
+
+
+# ---- what docs/ says -------------------------------------------------------------------------------------------------
+def test_a_saved_model_answers_as_its_run_did(tmp_path, call, monkeypatch):
+    """The page's code, in another process: for each image of the test fold the run's own answer, by two methods; from
+    two frames an emotion."""
+    monkeypatch.chdir(tmp_path)
+    (session,) = data.synthetic(48, 0, ["samm"])
+    view.export([session], "prepared")
+    page = (HERE / "docs" / "laboratory.md").read_text(encoding="utf-8").split("## A trained model")[1]
+    code = re.findall(r"```python\n(.*?)```", page, re.S)[0]
+    flags = "--data prepared --preset tiny --sessions samm --folds 0 --epochs-first 3 --save".split()
+    base = np.random.RandomState(0).rand(60, 60).astype(np.float32)
+    for name, shift in (("onset", 0), ("apex", 1)):
+        frame = cv2.GaussianBlur(np.roll(base, shift, 1), (0, 0), 2)
+        Image.fromarray(np.uint8(255 * (frame - frame.min()) / np.ptp(frame))).save(f"{name}.png")
+    for script in (finetune, ranpac):
+        call(script, *flags, *(["--projected", "200"] if script == ranpac else []))
+        (folder,) = Path("results").glob(f"{script.__name__}-*/*")
+        shutil.copy(folder / "model0.pt", "model0.pt")
+        fold = np.load(folder / "fold0.npz")
+        answers = fold["emotions"][protocols.outcome(fold, 0)[1]].tolist()
+        more = f"print(*[emotion_of('prepared/' + key, model, backbone) for key in {fold['keys'].tolist()}])"
+        done = subprocess.run([sys.executable, "-c", code + more], capture_output=True, text=True,
+                              env=os.environ | {"PYTHONPATH": str(HERE)})  # fmt: skip
+        first, second = done.stdout.splitlines() or [done.stderr, ""]
+        assert first in session.emotions and second.split() == answers and len(set(answers)) > 1, done.stderr
+    flow = prepare.optical_flow(*(Image.open(f"{name}.png") for name in ("onset", "apex")))
+    assert 0.7 < flow[10:-10, 10:-10, 0].mean() < 1.3  # one pixel to the right
 
 
 def test_commands_in_docs_have_flags_that_exist(call):
@@ -945,7 +1081,9 @@ def test_commands_in_docs_have_flags_that_exist(call):
         code = "\0".join([*"".join(pieces[1::2]).splitlines(), *re.findall(r"`([^`]+)`", "".join(pieces[::2]))])
         for module, script, more in re.findall(r"(?:-m\s+([\w.]+)|(\w+)\.py)\b([^;#'\0]*)", code):
             scripts.setdefault(module or script, set()).update(re.findall(r"--[\w-]+", more))
-    assert {f"tools.{name}" for name in ("prepare", "view", "report", "tables", "bench", "pretrain")} < set(scripts)
+    assert {f"tools.{name}" for name in ("prepare", "view", "report", "tables", "bench", "pretrain", "megc2019")} < set(
+        scripts
+    )
     for script in set(scripts) - {"FILE", "test_all"}:  # any script, and the first edition's
         options = call(importlib.import_module(script), "--help").out.split("\noptions:")[1]
         assert scripts[script] <= set(re.findall(r"--[\w-]+", options)), script
