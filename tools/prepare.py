@@ -384,7 +384,7 @@ def crop_box(points, width, height):
     """
     # A chin may lie a little below the frame; points measured in other frames lie far outside.
     if points.shape != (68, 2) or not (abs(points / (width, height) - 0.5) <= 0.6).all():
-        raise ValueError(f"points {points.shape}, not (68, 2) or outside of the frame of {width} x {height} pixels")
+        raise ValueError(f"points {points.shape}, needed are (68, 2), inside of the frame of {width} x {height} pixels")
     x, y = points[NOSE_TIP]
     half = (2 * points[CHIN, 1] - points[BROW, 1] - points[LOWER_LIP, 1]) / 2
     if half < 1:
