@@ -411,8 +411,8 @@ def assign_folds(session, lines):
 
 def write_folds(out, sessions, entries):
     """Write folds.csv: the entries that have folds, with the key of the image where there is, or will be, one."""
-    entries = sorted((entry for entry in entries if "ilcv" in entry), key=fold_order)
-    lines = [e | {"clip": e["clip"].lower(), "key": "" if e["reason"] else e["key"]} for e in entries]
+    lines = sorted((entry for entry in entries if "ilcv" in entry), key=fold_order)
+    lines = [line | {"clip": line["clip"].lower(), "key": "" if line["reason"] else line["key"]} for line in lines]
     if lines:
         write_table(out, "folds.csv", sessions, lines)
 
