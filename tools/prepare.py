@@ -384,7 +384,7 @@ def crop_box(points, width, height):
     """
     # A chin may lie a little below the frame; points measured in other frames lie far outside.
     if points.shape != (68, 2) or not (abs(points / (width, height) - 0.5) <= 0.6).all():
-        raise ValueError(f"points {points.shape}, not (68, 2) or outside of the frame of {width} x {height} pixels")
+        raise ValueError(f"points {points.shape}, needed are (68, 2), inside of the frame of {width} x {height} pixels")
     x, y = points[NOSE_TIP]
     half = (2 * points[CHIN, 1] - points[BROW, 1] - points[LOWER_LIP, 1]) / 2
     if half < 1:
@@ -411,8 +411,8 @@ def assign_folds(session, lines):
 
 def write_folds(out, sessions, entries):
     """Write folds.csv: the entries that have folds, with the key of the image where there is, or will be, one."""
-    entries = sorted((entry for entry in entries if "ilcv" in entry), key=fold_order)
-    lines = [e | {"clip": e["clip"].lower(), "key": "" if e["reason"] else e["key"]} for e in entries]
+    lines = sorted((entry for entry in entries if "ilcv" in entry), key=fold_order)
+    lines = [line | {"clip": line["clip"].lower(), "key": "" if line["reason"] else line["key"]} for line in lines]
     if lines:
         write_table(out, "folds.csv", sessions, lines)
 

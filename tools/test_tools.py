@@ -100,7 +100,7 @@ ENTRIES = {  # subject, clip, onset, apex, label, image or reason; frames, if no
         ("sub0003", "sub0003_02", 0, 5, "sadness", "sad/sub0003", "train_data/{c}/{n:05d}.PNG"),
         ("sub0650", "sub0650_11", 3, 5, "contempt", "contempt/sub0650", "USTC_partB/micro/fear/{c}/{n:05d}.png"),
         *[(f"sub{s}", f"sub{s}_01", 3, 5, "anger", FOLDER, None) for s in (1000, 1001, 1002)]]}
-OUTSIDE = "not (68, 2) or outside of the frame of 200 x 160 pixels"
+OUTSIDE = "needed are (68, 2), inside of the frame of 200 x 160 pixels"
 BAD_MARKS = {  # clip: what its landmark file holds instead, None being no file; a part of its reason and detail
     "006_1_2": (None, "no landmarks"), "013_1_8": (np.ones((98, 2)), f"cannot be used: points (98, 2), {OUTSIDE}"),
     "032_3_2": (np.full((68, 2), 180.0), OUTSIDE), "EP1": (np.full((68, 2), np.nan), OUTSIDE),
