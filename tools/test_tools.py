@@ -808,18 +808,21 @@ def test_loso_is_pooled_and_the_paper_stands_beside_its_like(tmp_path, call):
         ("vit", "der (1 of 2 folds)"): "66.67 66.67 75.00 -",  # one person has no interval
     }.items():
         assert lines_of(text)[line] == values, line
-    assert "240 of 246 samples" in text and "95 % low UAR" in (tmp_path / "a.csv").read_text()
+    found = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))  # one row per emotion: nothing to merge
+    assert "240 of 246 samples" in text and [line["merge"] for line in found] == ["sum", "sum"]
+    assert [found[0][f"95 % {side} accuracy"] for side in ("low", "high")] == ["50.0000", "66.6667"]
     assert "more than one session" in call(report, tmp_path, "--plot", "a.png").err
     assert "| difference | accuracy |\n" in call(report, tmp_path, "--compare", "finetune", "finetune").out
 
-    least, five = dict(casme2=232, samm=128, mmew=278, casme3=761), dict.fromkeys(range(5))  # 95 % of the usable
+    least = dict(casme2=232, samm=128, mmew=278, casme3=761)  # 95 % of the usable
     counts = lambda **change: {name: {"samples": count} for name, count in (least | change).items()}  # noqa: E731
     good = real | dict(method="ranpac", backbone="vit", protocol="ilcv", changed={}, counts=counts(), fold_count=5)
-    good["trials"] = [five]
+    good["trials"] = [dict.fromkeys(range(5))]
     for change in (
-        dict(changed={"weights": "none"}), dict(changed={"lr": 1.0}), dict(synthetic=True), dict(fold_count=3),
-        dict(fold_count=6), dict(preset="tiny"), dict(method="linear"), dict(counts=counts(dfme=1856)),
-        dict(counts=dict(reversed(counts().items()))), dict(counts=casme2), dict(trials=[{0: {}}]),
+        dict(changed={"weights": "none"}), dict(changed={"lr": 1.0}), dict(synthetic=True), dict(preset="tiny"),
+        *(dict(fold_count=k, trials=[dict.fromkeys(range(done))]) for k, done in ((3, 3), (6, 6), (6, 5), (5, 4))),
+        dict(method="linear"), dict(counts=counts(dfme=1856)),
+        dict(counts=dict(reversed(counts().items()))), dict(counts=casme2),
         *(dict(counts=counts(**{name: count - 1})) for name, count in least.items()),
         *(loso | dict(counts={name: {"samples": count}}) for name, count in {"casme2": 231, "samm": 134}.items()),
     ):  # fmt: skip
@@ -954,8 +957,8 @@ def test_mistakes_end_with_one_line(tmp_path, call, monkeypatch):
         (tables, "--seeds 0 -1", "--seeds 0 -1"), (pretrain, "--backbone odd", "--backbone odd"),
         (bench, "--parts gpu", "invalid choice: 'gpu'"), (bench, "--device nowhere", "--device nowhere"),
         (pretrain, "--backbone test_vit --size 6", "takes 6 pixels"), (pretrain, "--size 96", "--size 96"),
-        *((pretrain, words, words) for words in ("--images 9", "--lr inf", "--lr nan", "--lr -1", "--batch 1")),
-        (pretrain, "--seed -1", "--seed -1"), *((pretrain, f"--out '{out}'", "name a file") for out in ("", "/", "a")),
+        *((pretrain, bad, bad) for bad in ("--images 9", "--batch 1", "--seed -1", "--lr inf", "--lr nan", "--lr -1")),
+        *((pretrain, f"--images 99 --out '{out}'", "must name a file") for out in ("", "/", "a")),
     ):  # fmt: skip
         out, notes = call(tool, *shlex.split(str(words)))
         *others, last = notes.splitlines()
@@ -967,7 +970,7 @@ def test_mistakes_end_with_one_line(tmp_path, call, monkeypatch):
 
 def test_bench_prints_every_part(call, monkeypatch):
     """Each part, made small, prints what docs/speed.md shows, in units that can be; a script that fails is named."""
-    for name, value in dict(SCRIPTS=["controls.linear", "controls.pixels"], M=2000, EPOCHS=1, IMAGES=32).items():
+    for name, value in dict(SCRIPTS=["controls.linear", "controls.pixels"], M=4000, EPOCHS=1, IMAGES=32).items():
         monkeypatch.setattr(bench, name, value)
     begin, flags = time.perf_counter(), "--device cpu -- --sessions casme2 --backbone resnet".split()
     out = call(bench, "--parts", "scripts", "ridge", "loop", "backbones", *flags).out
