@@ -810,7 +810,7 @@ def test_loso_is_pooled_and_the_paper_stands_beside_its_like(tmp_path, call):
         assert lines_of(text)[line] == values, line
     found = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))  # one row per emotion: nothing to merge
     assert "240 of 246 samples" in text and [line["merge"] for line in found] == ["sum", "sum"]
-    assert [found[0][f"95 % {side} accuracy"] for side in ("low", "high")] == ["50.0000", "66.6667"]
+    assert [found[1][f"95 % {side} accuracy"] for side in ("low", "high")] == ["50.0000", "66.6667"]
     assert "more than one session" in call(report, tmp_path, "--plot", "a.png").err
     assert "| difference | accuracy |\n" in call(report, tmp_path, "--compare", "finetune", "finetune").out
 
