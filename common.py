@@ -205,8 +205,7 @@ def autocast(args):
 
 @torch.no_grad()
 def extract(network, images, *others, size=256):
-    """network(images, *others) for all N images, `size` at a time, in float32 and without gradients: (N, ...).
-    `others` are tensors (N, ...) that go along. The network is in eval mode already."""
+    """network(images, *others), (N, ...) each, `size` at a time, in float32 and without gradients: (N, ...)."""
     parts = list(zip(images.split(size), *(other.split(size) for other in others)))
     return torch.cat([network(*part).float() for part in data.progress(parts, "features")])
 

@@ -88,8 +88,7 @@ class Prompts(nn.Module):
         """Features (B, d), the class token, of images (B, 3, S, S) with the e prompts `index` (B,)."""
         e = torch.stack(list(self.e))[index]  # (B, 3, 2, L, heads, d / heads)
         cls = vit.cls_token.expand(len(x), -1, -1)  # (B, 1, d)
-        tokens = torch.cat([cls, vit.patch_embed(x)], 1) + vit.pos_embed  # (B, 1 + patches, d)
-        tokens = vit.norm_pre(tokens)
+        tokens = vit.norm_pre(torch.cat([cls, vit.patch_embed(x)], 1) + vit.pos_embed)  # (B, 1 + patches, d)
         for i, block in enumerate(vit.blocks):
             if i in G_BLOCKS:
                 g = self.g[G_BLOCKS.index(i)].expand(len(x), *self.shape)  # (B, 2, L, heads, d / heads)
@@ -161,8 +160,7 @@ def main():
             # ---- test on the test parts of all sessions so far ----
             with torch.no_grad():
                 index = prompts.choose(torch.cat(test_queries))  # (n,) the session is not known
-                prompted = functools.partial(prompts, vit)
-                f = common.extract(prompted, torch.cat(test_images), index)  # (n, d)
+                f = common.extract(functools.partial(prompts, vit), torch.cat(test_images), index)  # (n, d)
                 scores = torch.cat([head(f) for head in heads], 1)  # (n, R)
             run.record(fold, t, rows, scores, losses)  # rows -> emotions -> accuracy
         run.save(fold, prompts=prompts, heads=heads)  # with --save

@@ -38,8 +38,7 @@ SETTINGS = {  # name: (paper preset, tiny preset); each is a flag
 
 def distillation(scores, teacher_scores, temperature=2):
     """KD(scores, teacher_scores), (B, R) each: the mean cross-entropy of softmax(scores / T) to the
-    targets softmax(teacher_scores / T), T the temperature; not multiplied by T^2, as in the original.
-    """
+    targets softmax(teacher_scores / T), T the temperature; without a factor T^2, as the original."""
     return F.cross_entropy(scores / temperature, F.softmax(teacher_scores / temperature, 1))
 
 
@@ -68,8 +67,7 @@ def main():
             # ---- grow ----
             old, old_head = student, student_head
             backbone = copy.deepcopy(old).requires_grad_(True)  # the new network
-            width = d if t == 0 else 2 * d
-            head = nn.Linear(width, new_rows.stop).to(args.device)
+            head = nn.Linear(d if t == 0 else 2 * d, new_rows.stop).to(args.device)
             new_head = nn.Linear(d, new_rows.stop).to(args.device)  # on the new features alone
             if t > 0:
                 old_f = common.extract(old, x)  # (N, d)
@@ -147,8 +145,7 @@ def main():
             if t == 0:
                 scores = student_scores  # there is no teacher yet
             else:
-                new_f = common.extract(old, test_images[-1])
-                old_test_f = torch.cat([old_test_f, new_f])  # (n, d)
+                old_test_f = torch.cat([old_test_f, common.extract(old, test_images[-1])])  # (n, d)
                 both_f = torch.cat([old_test_f, common.extract(backbone, all_test)], 1)  # (n, 2 d)
                 with torch.no_grad():
                     scores = head(both_f)  # (n, R)

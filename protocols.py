@@ -9,6 +9,7 @@ Shapes: N samples of a session, n samples tested after a session, R rows, E emot
 """
 
 import ast
+import copy
 import csv
 import hashlib
 import io
@@ -138,7 +139,7 @@ class Run:
         self.folds, self.first = [], rank == 0
         for fold in self.asked[rank::world]:
             saved = read_fold(self.folder, self.info, fold)
-            if args.save and not os.path.exists(self._model(fold)):
+            if args.save and not os.path.exists(os.path.join(self.folder, f"model{fold}.pt")):
                 saved = None
             if saved is None:
                 self.folds.append(fold)
@@ -181,7 +182,7 @@ class Run:
                 sys.exit(f"{where}: the loss is not finite in step {wrong[0] + 1} of {len(steps)}; try a smaller --lr")
             if not np.isfinite(values).all():
                 sys.exit(f"{where}: scores are not finite; try a smaller --lr")
-            saved |= {f"{name}_{t}": values, loss_key(name, t): steps}
+            saved |= {f"{name}_{t}": values, f"loss_{t}" if name == "scores" else f"loss_{name}_{t}": steps}
         if t == len(self.sessions) - 1:
             saved |= {"identity": _sha(self.info), "threads": torch.get_num_threads()}
             saved["processor"] = torch.backends.cpu.get_cpu_capability()
@@ -192,25 +193,17 @@ class Run:
         self._print_line(fold, t, saved)
 
     def save(self, fold, **parts):
-        """With --save, write a trial's model: for torch.load(path, weights_only=True), a dictionary.
-
-        It has each part's state on the CPU (a module's state dict, or a tensor), `emotions`, `row_emotion` and
-        `row_session` as lists, `images`, which tells their size, mean and std, and `arguments`.
-        """
+        """With --save, write a trial's model, for torch.load(path, weights_only=True): of each part the state (a state
+        dict, or a tensor) on the CPU, what the rows mean, the images' size, mean and std, the arguments."""
         if self.args.save:
-            model = {}
-            for name, part in parts.items():
-                state = part.state_dict() if isinstance(part, torch.nn.Module) else {"": part}
-                state = {key: value.cpu() for key, value in state.items()}
-                model[name] = state if isinstance(part, torch.nn.Module) else state[""]
+            model = {name: copy.deepcopy(part).cpu() for name, part in parts.items()}
+            for name, part in model.items():
+                model[name] = part.state_dict() if isinstance(part, torch.nn.Module) else part
             model |= {name: np.array(self.saved[name]).tolist() for name in ("emotions", "row_emotion", "row_session")}
             model |= {"images": self.args.images, "arguments": vars(self.args) | {"device": str(self.args.device)}}
             file = io.BytesIO()
             torch.save(model, file)
-            write(self._model(fold), file.getvalue())
-
-    def _model(self, fold):
-        return os.path.join(self.folder, f"model{fold}.pt")
+            write(os.path.join(self.folder, f"model{fold}.pt"), file.getvalue())
 
     def _print_line(self, fold, t, saved, remark=""):
         """The line of one fold and session: accuracies by each merge, metrics by the first, the loss at both ends."""
@@ -352,11 +345,6 @@ def read_fold(folder, info, fold):
         print(f"note: {path}: not used ({' '.join(str(error).split())})", file=sys.stderr)
         return None
     return saved
-
-
-def loss_key(name, t):
-    """What a fold file calls the losses that belong to scores `name` of session t."""
-    return f"loss_{t}" if name == "scores" else f"loss_{name}_{t}"
 
 
 def outcome(saved, t, how="sum", name="scores"):

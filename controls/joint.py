@@ -2,10 +2,8 @@
 
 It breaks the rule that old data is gone, to show what the rule costs. In session t the network
 starts again from the pretrained weights and is trained for epochs-first epochs on the training
-parts of sessions 1 to t, with ONE row per emotion. (Going on from the last session's weights, with
-rows for old samples, would be no upper bound.) So it differs from finetune.py in three things: all
-data, a new start with more epochs, one row per emotion. For the last alone see controls/norch.py.
-
+parts of sessions 1 to t, with ONE row per emotion; for the last alone see controls/norch.py. (To
+go on from the last session's weights, with rows for old samples, would be no upper bound.)
 Run:   python -m controls.joint --backbone vit --protocol ilcv
        synthetic stream, seed 0: last 60.3 %; 30 s a fold on one core
 """
@@ -22,7 +20,6 @@ import protocols
 import rch
 
 SETTINGS = {  # name: (paper preset, tiny preset); each is a flag
-    # The same in every session:
     "epochs_first": (60, 10),  # in the first session
     "batch": (16, 32),
     "lr": (2e-5, 5e-4),

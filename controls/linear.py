@@ -3,7 +3,6 @@
 What prompts and adaptation are held against: without it nobody knows what they add. The network
 never changes, so every image's features are computed once; the heads are L2P's, one per session,
 trained on the session's own rows with Adam at a learning rate of their own.
-
 Run:   python -m controls.linear --backbone vit --protocol ilcv
        synthetic stream, seed 0: last 52.5 %; 1 s a fold on one core
 """

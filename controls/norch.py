@@ -1,9 +1,6 @@
 """No RCH: Finetune with one row per emotion. A head that grows only when a new emotion appears.
 
-The control of the head: what does a row per session and emotion do? Everything else is finetune.py:
-the same data, epochs and loss, over the rows of the session's own emotions. A returning emotion
-retrains the row that it has. (All rows are in the optimizer: weight decay shrinks the others.)
-
+All else is finetune.py; the loss runs over the rows of the session's own emotions.
 Run:   python -m controls.norch --backbone vit --protocol ilcv
        synthetic stream, seed 0: last 56.3 %; 7 s a fold on one core
 """

@@ -2,7 +2,6 @@
 
 What a network is held against: on flow images a few pixels already tell much. It trains nothing and
 loads no weights; it borrows the ridge from ranpac.py, where everything about it is told.
-
 Run:   python -m controls.pixels --protocol ilcv
        synthetic stream, seed 0: last 56.8 %; 1 s a fold on one core
 """
