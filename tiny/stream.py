@@ -62,8 +62,8 @@ def session(name, counts, subjects, size, seed=0):
     people    (N,) int, the subject of each sample, from 1
     flows     iterator over N flow fields (S, S, 2) float64, x to the right and y down
     The same name, counts, subjects, size and seed give the same fields on every machine, whatever other sessions there
-    are. The cameras of casme2 and samm were calibrated, on seeds 0 to 2, by what methods score on real flow of the two
-    (`python -m tools.tables --alike`); all other numbers by controls/pixels.py alone.
+    are. The cameras of casme2 and samm were calibrated, on seeds 0 to 2, by what methods score on real flow of the two;
+    all other numbers by controls/pixels.py alone.
     """
     camera = name if name in CAMERAS else "other"
     own = [] if name in CAMERAS else name.encode()  # other datasets with one camera are not the same images
