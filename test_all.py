@@ -1302,6 +1302,8 @@ def test_readme_is_true():
     commands.insert(0, re.search("&& (python ranpac.*)", text).group(1).split()[1:])
     assert len(commands) >= 7
     importlib.import_module("tools.test_tools").public_clone(pathlib.Path("HTNet"))  # as the one that README clones
+    os.mkdir("tiny")
+    shutil.copy(os.path.join(HERE, "tiny", "vit-uvs.pt"), "tiny")
     for script, *flags in commands:
         script, *flags = (script[:-3], *flags) if script != "-m" else flags
         shown = script == "ranpac" and "--data" not in flags
