@@ -37,7 +37,7 @@ LOADED = time.time()
 with contextlib.suppress(OSError, AttributeError):
     if not hasattr(sys, "ps1"):  # in a notebook the process is older than the code
         with open("/proc/self/stat", encoding="utf-8") as file:
-            ticks = 1 + int(file.read().rpartition(")")[2].split()[19])  # rounded up
+            ticks = 1 + int(file.read().rpartition(")")[2].split()[19])  # since boot, field 22, rounded up
         LOADED += ticks / os.sysconf("SC_CLK_TCK") - time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
@@ -190,7 +190,7 @@ def _same(network, parts):
 
 # ---- the loop's small helpers ----------------------------------------------------------------------------------------
 def batches(count, size, epochs, device):
-    """Shuffled indices of 0..count-1 for all epochs: a list of tensors (size,), with a progress bar on a terminal.
+    """Shuffled indices of 0..count-1 for all epochs: tensors (size,), to go through once, with a bar on a terminal.
 
     Drawn on the CPU: the order is the same on every device. A last batch of one is dropped, since BatchNorm needs two.
     """

@@ -1,8 +1,8 @@
 """What a session is, and where its images come from.
 
 A sample is one image: the optical flow from the onset to the apex frame of a clip, coded as HSV (hue = direction of the
-motion, value = its size). A session is one dataset of such images, read from a processed folder (`load`) or made up
-(`synthetic`); `load_sessions` puts either on the device, as a backbone expects it.
+motion, value = its size), or otherwise by others. A session is one dataset of such images, read from a processed folder
+(`load`) or made up (`synthetic`); `load_sessions` puts either on the device, as a backbone expects it.
 
 Shapes: N samples of one session, S image side in pixels.
 """

@@ -9,7 +9,7 @@ Images of different sessions may choose different prompts, which should keep the
               moves chosen keys towards the queries, - pull * mean_b sum_k cos(q_b, k)
     frozen    the ViT, always; the old heads
     tested    on all emotions so far
-There are no exemplars: later sessions change the prompts that earlier ones rely on. The run prints usage.
+There are no exemplars: later sessions change the prompts that earlier ones rely on. The run prints which.
 Paper: Wang et al., arXiv 2112.08654 (eq. 3 to 5). What differs: docs/differences.md
 Run:   python l2p.py --backbone vit --protocol ilcv
        synthetic stream, seed 0: last 52.3 %; 12 s a fold on one core

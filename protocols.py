@@ -61,12 +61,12 @@ def bind(session, args):
         if args.data is None or args.protocol == "loso" or not os.path.exists(path):
             tests = split(session.subjects, args.protocol)
         else:
-            with open(path, newline="", encoding="utf-8") as file:
+            with open(path, newline="", encoding="utf-8-sig") as file:
                 lines = [line for line in csv.DictReader(file) if line["session"] == session.name]
             fold_of = {line["key"]: int(line[args.protocol]) for line in lines}
             folds = np.array([fold_of[key] for key in session.keys.tolist()])
-            slcv = {line["subject"]: line["slcv"] for line in lines}
-            if any(line["slcv"] != slcv[line["subject"]] for line in lines) or not set(folds) <= set(range(K)):
+            pairs = {(line["subject"], line["slcv"]) for line in lines}
+            if len(pairs) > len({subject for subject, _ in pairs}) or not set(folds) <= set(range(K)):
                 raise ValueError(f"folds.csv has a subject in two SLCV folds, or a fold outside of 0 to {K - 1}")
             print(f"folds.csv: {session.name} has {len(lines)} lines, {len(lines) - len(folds)} without an image")
             tests = [np.flatnonzero(folds == i) for i in range(K)]
@@ -139,11 +139,11 @@ class Run:
         self.folds, self.first = [], rank == 0
         for fold in self.asked[rank::world]:
             saved = read_fold(self.folder, self.info, fold)
-            if args.save and not os.path.exists(os.path.join(self.folder, f"model{fold}.pt")):
-                saved = None
-            if saved is None:
+            whole = not args.save or os.path.exists(os.path.join(self.folder, f"model{fold}.pt"))
+            if saved is None or not whole:
                 self.folds.append(fold)
-            for t in range(len(sessions) if saved else 0):
+                continue
+            for t in range(len(sessions)):
                 self._print_line(fold, t, saved, "  kept")
 
     def stream(self, fold):
@@ -179,14 +179,21 @@ class Run:
             steps = torch.stack(list(steps)).float().cpu().numpy() if len(steps) else np.zeros(0, np.float32)
             where, wrong = f"error: fold {fold}, {self.sessions[t].name}", np.flatnonzero(~np.isfinite(steps))
             if len(wrong):
-                sys.exit(f"{where}: the loss is not finite in step {wrong[0] + 1} of {len(steps)}; try a smaller --lr")
+                step = (
+                    f"step {wrong[0] + 1} of {len(steps)}" if name == "scores" else f"step {wrong[0] + 1} of the {name}"
+                )
+                sys.exit(f"{where}: the loss is not finite in {step}; try a smaller --lr")
             if not np.isfinite(values).all():
                 sys.exit(f"{where}: scores are not finite; try a smaller --lr")
             saved |= {f"{name}_{t}": values, f"loss_{t}" if name == "scores" else f"loss_{name}_{t}": steps}
         if t == len(self.sessions) - 1:
             saved |= {"identity": _sha(self.info), "threads": torch.get_num_threads()}
             saved["processor"] = torch.backends.cpu.get_cpu_capability()
-            saved["device"] = torch.cuda.get_device_name() if self.args.device.type == "cuda" else self.args.device.type
+            saved["device"] = (
+                torch.cuda.get_device_name(self.args.device)
+                if self.args.device.type == "cuda"
+                else self.args.device.type
+            )
             file = io.BytesIO()
             np.savez_compressed(file, **saved)
             write(os.path.join(self.folder, f"fold{fold}.npz"), file.getvalue())
@@ -260,18 +267,10 @@ class Run:
 # ---- a run on disk ---------------------------------------------------------------------------------------------------
 def describe(args, sessions, tests, folds_hashes, merges):
     """All that the numbers depend on: runs that agree here give the same on the same machine."""
-    elsewhere = (
-        "folds",
-        "out",
-        "save",
-        "data",
-        "images",
-        "weights",
-        "device",
-        "loaded",
-        "code",
-    )  # hashed below, or apart
-    tests_hash = _sha([[s.keys.tolist(), *(test.tolist() for test in t)] for s, t in zip(sessions, tests)])[:12]
+    # What is left out is hashed below, or changes no number.
+    elsewhere = "folds out save data images weights device loaded code".split()
+    cuts = [[s.keys.tolist(), *(test.tolist() for test in own)] for s, own in zip(sessions, tests)]
+    tests_hash = _sha(cuts)[:12]
     versions = {name: metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy", "pillow")}
     versions |= {"cuda": torch.version.cuda, "python": sys.version.split()[0]}
     return {
@@ -304,8 +303,8 @@ def code_of(script, loaded):
     todo, found = [script], {}
     while todo:
         path = todo.pop()
-        if os.path.getmtime(path) > loaded:
-            sys.exit(f"error: {path}: changed after it was loaded; start again")
+        if max(os.stat(path).st_mtime, os.stat(path).st_ctime) > loaded:  # the second: put there by a rename
+            sys.exit(f"error: {path}: changed after it was loaded; start again, in a notebook the kernel")
         with open(path, "rb") as file:
             tree = ast.parse(file.read())
         found[os.path.relpath(path, HERE)] = _sha(ast.dump(tree))[:12]

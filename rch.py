@@ -55,7 +55,7 @@ class RCH:
 
     def targets(self, words):
         """Training targets of N samples: for each one's emotion the index of its newest row, (N,) int."""
-        newest = {self.emotions[e]: row for row, e in enumerate(self.row_emotion)}
+        newest = {self.emotions[e]: row for row, e in enumerate(self.row_emotion)}  # later rows replace earlier ones
         return np.array([newest[word] for word in words], int)
 
 

@@ -39,13 +39,14 @@ CLASSES = {"0": "negative", "1": "positive", "2": "surprise"}
 
 def read(repo, composite):
     """The images, {key below the processed folder: bytes}. Ends with one line if one is missing or of another kind."""
-    images = {}
+    images, line = {}, {}
     try:
         lines = list(csv.DictReader(io.StringIO(Path(repo, LIST).read_text("utf-8"))))
         for line in lines:
             dataset, subject, clip = line["dataset"], line["sub"], line["filename_o"]
             content = Path(repo, IMAGES, f"{subject}_{clip} .png").read_bytes()  # with a blank before the dot
             with Image.open(io.BytesIO(content)) as image:
+                image.load()  # a truncated one ends here
                 if image.size != (28, 28) or image.mode != "RGB":
                     raise ValueError(f"the image of {subject} {clip} is {image.size} {image.mode}, not 28 x 28 RGB")
             session, name = SESSIONS[dataset], f"{subject}_{clip}.png"
@@ -54,7 +55,7 @@ def read(repo, composite):
                 session, name = "megc-3", f"sub{number}_{dataset}_{clip}.png"
             images[f"{session}_{CLASSES[line['label']]}/{name}"] = content
     except (OSError, KeyError, ValueError) as error:
-        sys.exit(f"error: {repo}: not HTNet's repository as of 2024, with {LIST} and {IMAGES} ({error})")
+        sys.exit(f"error: {repo}: not HTNet's {LIST} and {IMAGES}, at {line.get('filename_o')} ({error})")
     counts = Counter(key.partition("/")[0] for key in images)
     for session in ["megc-3"] if composite else SESSIONS.values():
         for emotion, count in data.DATASETS[session].items():
@@ -73,7 +74,7 @@ def main():
     images = read(args.repo, args.composite)
     out = Path(args.out).absolute()
     if not args.out or out.exists() and (not out.is_dir() or os.listdir(out)):
-        sys.exit(f"error: --out {args.out!r}: exists already; it takes a new or an empty folder")
+        sys.exit(f"error: --out {args.out!r}: takes a new or an empty folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     sessions = ["megc-3"] if args.composite else list(SESSIONS.values())
     with tempfile.TemporaryDirectory(prefix=f"{out.name}.{os.getpid()}.", suffix=".part", dir=out.parent) as part:

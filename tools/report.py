@@ -43,7 +43,7 @@ def read_run(folder):
             info = json.load(file)
         run = info["arguments"] | info
         found = {fold: protocols.read_fold(folder, info, fold) for fold in range(info["fold_count"])}
-    except (ValueError, TypeError, KeyError):  # no JSON, or something else in it, such as a run of the first edition
+    except (ValueError, TypeError, KeyError):  # no JSON, or something else in it, such as a run of an older version
         return None
     random = run["changed"].get("weights") == "none"  # random weights differ from seed to seed, too
     other = ["arguments", "seed", *["weights"] * random]
@@ -69,7 +69,7 @@ def find_runs(root):
         if run and run["trials"][0]:
             newest[name] = run
         else:
-            why = "older" if name in newest else "no finished fold" if run else "no run of this edition"
+            why = "older" if name in newest else "no finished fold" if run else "made by another version"
             passed.append(f"{folder} ({why})")
     if passed:
         print(f"note: passed by: {', '.join(sorted(passed))}", file=sys.stderr)
@@ -85,7 +85,7 @@ def title_of(run):
     source, counts = "synthetic stream" if run["synthetic"] else "data", run["counts"]
     in_sheets = [data.in_sheet(name) if name in data.DATASETS else None for name in counts]
     of = "" if None in in_sheets else f" of {sum(in_sheets):,}"
-    tests = "" if run.get("tests", run["folds"]) == run["folds"] else f", tests {run['tests']}"
+    tests = "" if run["tests"] == run["folds"] else f", tests {run['tests']}"
     return (f"{run['protocol'].upper()}, {source}, {', '.join(counts)}, {run['preset']} preset,"
             f" {sum(count['samples'] for count in counts.values()):,}{of} samples,"
             f" images {run['images']}, folds {run['folds']}{tests}")  # fmt: skip
@@ -131,7 +131,7 @@ def published():
 
 
 def paper(line):
-    """The paper's numbers for `columns`, if the line is comparable, else []. A weight file is taken at its word.
+    """The paper's numbers for `columns`, if the line is comparable, else []. Weight files are believed.
 
     Comparable: on (nearly) all usable samples of its sessions, all folds of five or all subjects, its settings.
     """
@@ -418,7 +418,7 @@ def write_csv(groups, path):
                 own |= {f"{what} {column}": f"{value:.4f}" for column, value in zip(columns(line), values)}
             saved = [saved for folds in line["trials"] for saved in folds.values()]
             own |= {f"version of {name}": version for name, version in line["versions"].items()}
-            own["device"] = ";".join(sorted({str(fold["device"]) for fold in saved}))
+            own["device"] = ";".join(sorted({str(fold.get("device", "unknown")) for fold in saved}))
             for t in range(len(line["counts"])):
                 counts, emotions = confusion(line, t, way), line["fold"]["emotions"]
                 own[f"seconds S{t + 1}"] = f"{np.mean([fold['seconds'][t] for fold in saved]):.2f}"

@@ -536,6 +536,7 @@ def write_run(folder, files=HAND, **changes):
     info = dict(arguments=arguments, merges=["sum", "prob"], synthetic=True, fold_count=2, images="i0", folds="f0",
                 counts={"casme2": dict(samples=239, subjects=26), "samm": dict(samples=130, subjects=27)},
                 weights="vit.pt", code={"der.py": "0"}, versions={"torch": "2.14"}) | changes  # fmt: skip
+    info.setdefault("tests", info["folds"])
     os.makedirs(folder)
     (folder / "run.json").write_text(json.dumps(info))
     for i, arrays in enumerate(files):
@@ -812,19 +813,19 @@ def test_which_runs_stand_where(tmp_path, call):
     os.utime(root / "b/3/fold1.npz", (1e9, 1e9))  # of three runs with one name the last fold was made by the third
     (root / "c/1/fold0.npz").write_bytes((root / "b/1/fold0.npz").read_bytes())  # of another run
     (root / "c/1/fold1.npz").write_bytes(b"PK no archive")
-    (root / "old/run.json").write_text('{"fold_count": 5, "method": "der"}')  # of the first edition
+    (root / "old/run.json").write_text('{"fold_count": 5, "method": "der"}')  # of an older version
     (root / "broken/run.json").write_text("{")
     text, notes = call(report, root)
     assert [line[1] for line in lines_of(text) if line[0] == "vit"] == ["der lr=2", "der lr=4"]
     assert text.count("mixed") == 1 and "the folds of vit der lr=4 differ in threads" in text
-    words = ["b/1 (older)", "b/2 (older)", "c/1 (no finished fold)", "old (no run", "broken (no run"]
+    words = ["b/1 (older)", "b/2 (older)", "c/1 (no finished fold)", "old (made by another", "broken (made by another"]
     assert all(word in notes.splitlines()[-1] for word in words) and notes.count(": not used (") == 2
 
 
 def test_export_show_check(tmp_path, monkeypatch):
     viewed = functools.partial(here, "--size", 8, "--sessions=casme2", main=view.main)
     out, junk = tmp_path / "new/made", tmp_path / "new/made.part/samm_x"
-    os.makedirs(junk)  # left by a killed export of the first edition
+    os.makedirs(junk)  # left by a killed export of an older version
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda *_: signal.default_int_handler(2, None))
         assert viewed("export", "--out", out) == "130"  # interrupted
@@ -954,7 +955,7 @@ def test_pretrain_targets_are_the_clean_flow_in_cells_and_flows_those_of_the_shi
             scaled = 255 * (field - field.min()) / (field.max() - field.min())
             assert abs(channel - scaled).max() < 0.51 and (channel.min(), channel.max()) == (0, 255)
     random = np.random.RandomState(0)
-    clean, seen = pretrain.random_flows(random, 3, 48)  # numbers of the first edition
+    clean, seen = pretrain.random_flows(random, 3, 48)  # numbers of the first version
     values = [clean.sum(), seen.sum(), *clean[2, 20, 30], *seen[2, 20, 30]]
     np.testing.assert_allclose(values, [719.874, 1416.560, 0.00951, -0.01987, 0.15224, 0.03938], rtol=1e-3)
     assert random.randint(2**31) == 1291920150  # as many draws
@@ -1084,6 +1085,6 @@ def test_commands_in_docs_have_flags_that_exist(call):
     assert {f"tools.{name}" for name in ("prepare", "view", "report", "tables", "bench", "pretrain", "megc2019")} < set(
         scripts
     )
-    for script in set(scripts) - {"FILE", "test_all"}:  # any script, and the first edition's
+    for script in set(scripts) - {"FILE", "test_all", "pytest"}:  # any script
         options = call(importlib.import_module(script), "--help").out.split("\noptions:")[1]
         assert scripts[script] <= set(re.findall(r"--[\w-]+", options)), script

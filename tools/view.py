@@ -80,7 +80,6 @@ def folds(sessions, path):
         prepare.assign_folds(session.name, own)
         lines += own
     prepare.write_folds(path, [session.name for session in sessions], lines)
-    print(f"{path}: {sum('ilcv' in line for line in lines)} lines in folds.csv")
 
 
 def main():
@@ -106,15 +105,17 @@ def main():
     if not 8 <= args.size <= 1024:
         sys.exit(f"error: --size {args.size}: must be 8 to 1024 pixels")
     names = list(dict.fromkeys(args.sessions or data.STREAM))
-    if command == folds:
-        there = [name.lower().partition("_")[0] for name in os.listdir(path)]
-        if "folds.csv" in there:
-            sys.exit(f"error: {path}: has a folds.csv already")
+    if args.data and not args.sessions:  # of a folder all that are there
+        there = [name.lower().partition("_")[0] for name in os.listdir(args.data)]
         names = [name for name in data.DATASETS if name in there] or names
+    if command == folds and os.path.exists(os.path.join(path, "folds.csv")):
+        sys.exit(f"error: {path}: has a folds.csv already")
     if args.data is None:
         print("Synthetic stream: made-up flow images.")
     sessions = data.synthetic(args.size, 0, names) if args.data is None else data.load(args.data, names, args.size)
     command(sessions, path)
+    if command == folds:
+        print(f"{path}: folds.csv is written, for {', '.join(names)}")
 
 
 if __name__ == "__main__":
