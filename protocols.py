@@ -173,27 +173,24 @@ class Run:
         counts = [[sum(labels == emotion) for emotion in rows.emotions] for labels in self.train_labels]
         saved["train_counts"] = np.cumsum(counts, 0)  # (t + 1, E), of all sessions until each
         saved["names"] = ["scores", *others]
+        where = f"error: fold {fold}, {self.sessions[t].name}"
         for name, (values, steps) in {"scores": (scores, losses), **others}.items():
+            loss = "loss" if name == "scores" else f"loss_{name}"
             values = np.asarray(values.cpu() if torch.is_tensor(values) else values, np.float32)
             assert values.shape == (len(saved["labels"]), len(rows.row_emotion))
             steps = torch.stack(list(steps)).float().cpu().numpy() if len(steps) else np.zeros(0, np.float32)
-            where, wrong = f"error: fold {fold}, {self.sessions[t].name}", np.flatnonzero(~np.isfinite(steps))
+            wrong = np.flatnonzero(~np.isfinite(steps))
             if len(wrong):
-                step = (
-                    f"step {wrong[0] + 1} of {len(steps)}" if name == "scores" else f"step {wrong[0] + 1} of the {name}"
-                )
-                sys.exit(f"{where}: the loss is not finite in {step}; try a smaller --lr")
+                what = f"the {loss.replace('_', ' of the ')} is not finite in step {wrong[0] + 1} of {len(steps)}"
+                sys.exit(f"{where}: {what}; try a smaller --lr")
             if not np.isfinite(values).all():
                 sys.exit(f"{where}: scores are not finite; try a smaller --lr")
-            saved |= {f"{name}_{t}": values, f"loss_{t}" if name == "scores" else f"loss_{name}_{t}": steps}
+            saved |= {f"{name}_{t}": values, f"{loss}_{t}": steps}
         if t == len(self.sessions) - 1:
             saved |= {"identity": _sha(self.info), "threads": torch.get_num_threads()}
-            saved["processor"] = torch.backends.cpu.get_cpu_capability()
-            saved["device"] = (
-                torch.cuda.get_device_name(self.args.device)
-                if self.args.device.type == "cuda"
-                else self.args.device.type
-            )
+            saved |= {"processor": torch.backends.cpu.get_cpu_capability(), "device": self.args.device.type}
+            if self.args.device.type == "cuda":
+                saved["device"] = torch.cuda.get_device_name(self.args.device)
             file = io.BytesIO()
             np.savez_compressed(file, **saved)
             write(os.path.join(self.folder, f"fold{fold}.npz"), file.getvalue())
@@ -226,7 +223,8 @@ class Run:
             print(f"fold  session   emotions  {labels}         loss  seconds")
             self.header_printed = True
         cells = "  ".join(f"{100 * share:{max(5, len(label))}.1f}" for label, share in shares.items())
-        emotions, tenth = 1 + saved["row_emotion"][: saved[f"scores_{t}"].shape[1]].max(), max(1, len(steps) // 10)
+        emotions = 1 + saved["row_emotion"][: saved[f"scores_{t}"].shape[1]].max()
+        tenth = max(1, len(steps) // 10)
         loss = f"{steps[:tenth].mean():.2f} > {steps[-tenth:].mean():.2f}" if len(steps) else "-"
         line = f"{fold:4d}  {self.sessions[t].name:8s}  {emotions:8d}  {cells}  {loss:>11s}  {saved['seconds'][t]:7.1f}"
         print(f"{line}{remark}\n", end="", flush=True)  # in one piece: other processes print, too

@@ -19,10 +19,8 @@ The images are those of the three datasets, whose licences hold; none is part of
 import csv
 import io
 import json
-import os
 import re
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -72,21 +70,15 @@ def main():
     p.add_argument("--composite", action="store_true", help="one session megc-3 instead of three")
     args = p.parse_args()
     images = read(args.repo, args.composite)
-    out = Path(args.out).absolute()
-    if not args.out or out.exists() and (not out.is_dir() or os.listdir(out)):
-        sys.exit(f"error: --out {args.out!r}: takes a new or an empty folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
     sessions = ["megc-3"] if args.composite else list(SESSIONS.values())
-    with tempfile.TemporaryDirectory(prefix=f"{out.name}.{os.getpid()}.", suffix=".part", dir=out.parent) as part:
-        made = Path(part, out.name)  # renamed when it is complete
+    with view.new_folder(args.out) as made:
         for key, content in images.items():
-            Path(made, key).parent.mkdir(parents=True, exist_ok=True)
+            Path(made, key).parent.mkdir(exist_ok=True)
             Path(made, key).write_bytes(content)
         about = {"source": "HTNet, MEGC 2019", "coding": "u, v, strain", "crop": "as published"}
         Path(made, "prepare.json").write_text(json.dumps(about, indent=1), "utf-8")
         view.folds(data.load(str(made), sessions, 28), str(made))
-        os.replace(made, out)
-    print(f"{out}: {len(images)} images of {', '.join(sessions)}")
+    print(f"{args.out}: {len(images)} images of {', '.join(sessions)}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Without --data, show and check take the synthetic stream. tools.prepare writes a
 of `folds` holds the folds that the images have had without it, which stay when an image goes.
 """
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -22,20 +23,28 @@ import data
 from tools import prepare
 
 
-def export(sessions, out):
-    """Write sessions as a processed folder of PNG files: data.load then reads the very same images."""
+@contextlib.contextmanager
+def new_folder(out):
+    """A folder to fill, which gets the name `out` when it is full: `out` is never half a stream."""
     out = Path(out).absolute()
     if out.exists() and (not out.is_dir() or os.listdir(out)):
         sys.exit(f"error: {out}: exists already; --out takes a new or an empty folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{out.name}.{os.getpid()}.", suffix=".part", dir=out.parent) as part:
+        made = Path(part, out.name)
+        made.mkdir()
+        yield made
+        os.replace(made, out)
+
+
+def export(sessions, out):
+    """Write sessions as a processed folder of PNG files: data.load then reads the very same images."""
+    with new_folder(out) as made:
         for session in sessions:
             for image, key in zip(session.images, session.keys):
-                path = Path(part, out.name, key)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(image.transpose(1, 2, 0)).save(path)
-        os.replace(Path(part, out.name), out)  # when it is complete: `out` is never half a stream
-    print(f"{out}: {sum(len(session.keys) for session in sessions)} images")
+                Path(made, key).parent.mkdir(exist_ok=True)
+                Image.fromarray(image.transpose(1, 2, 0)).save(Path(made, key))
+    print(f"{Path(out).absolute()}: {sum(len(session.keys) for session in sessions)} images")
 
 
 def show(sessions, out):
