@@ -763,7 +763,7 @@ def test_loso_is_pooled_and_the_paper_stands_beside_its_like(tmp_path, call):
         *(loso | dict(counts={name: {"samples": count}}) for name, count in {"casme2": 231, "samm": 134}.items()),
     ):  # fmt: skip
         assert not report.paper(good | change), change
-    assert "1,399 of 1,534 samples" in report.title_of(good | dict(images=0, folds=0))
+    assert "1,399 of 1,534 samples" in report.title_of(good | dict(images=0, folds=0, tests=0))
     assert report.paper(good | loso | {"counts": casme2}) == [76.6, 72.3, 71.9]
     for change in ({}, {"changed": {"weights": "vit.safetensors"}}):
         assert report.paper(good | change) == [53.23, 46.18, 50.50, 43.84, 48.44, 43.84]
