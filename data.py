@@ -145,9 +145,8 @@ def load(path, sessions=STREAM, size=224):
 def _read_session(path, name, samples, size):
     """Decode `samples`, a sorted list of (emotion, file name, key), into one Session."""
     if not samples:
-        sys.exit(
-            f"error: {path}: no images of session {name}; expected folders such as {name}_{next(iter(DATASETS[name]))}"
-        )
+        folder = f"{name}_{next(iter(DATASETS[name]))}"
+        sys.exit(f"error: {path}: no images of session {name}; expected folders such as {folder}, or other --sessions")
     labels, files, keys = zip(*samples)
     if len({(emotion, os.path.splitext(file)[0]) for emotion, file, _ in samples}) < len(samples):
         sys.exit(f"error: {path}: session {name} has an image twice, in two spellings of a folder or two formats")
