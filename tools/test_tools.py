@@ -652,6 +652,8 @@ def test_intervals_and_differences_are_those_of_a_loop(monkeypatch):
     )
     other = again(pair[1], protocols.accuracy, one)
     assert list(each) == [0]  # the seed that both have
+    swapped = as_line(*(files for files, _ in pair[0][::-1])) | {"seeds": [1, 0]}  # the same runs
+    assert all(not any(own) for own in report.difference(a, swapped)[4].values())
     np.testing.assert_allclose(each[0], [*(by_one[0] - other), np.mean(by_one[0] - other)])
     less = [np.subtract(*(again(seeds, protocols.accuracy, weights) for seeds in pair)) for weights in drawn]
     np.testing.assert_allclose([low, high], ends(less)[:, :3])
