@@ -137,10 +137,9 @@ def main():
             sys.stdout.flush()
             if not math.isfinite(test):
                 sys.exit("error: the held-out loss is not finite; try a smaller --lr")
-    typed = {name: getattr(args, name) for name in ("backbone", "coding", "images", "batch", "seed", "lr")} | {
-        "size": size
-    }
-    command = " ".join(["python -m tools.pretrain", *(f"--{name} {value}" for name, value in typed.items())])
+    typed = {name: getattr(args, name) for name in ("backbone", "coding", "images", "batch", "seed", "lr")}
+    words = [f"--{name} {value}" for name, value in typed.items()]
+    command = " ".join(["python -m tools.pretrain", *words, f"--size {size}"])
     about = {"command": command, "size": size, "held_out_loss": test, "no_motion_loss": none}
     state, file = backbone.cpu().state_dict(), io.BytesIO()
     for key, value in state.items():
