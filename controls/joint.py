@@ -20,6 +20,7 @@ import protocols
 import rch
 
 SETTINGS = {  # name: (paper preset, tiny preset); each is a flag
+    # And as many in every later one:
     "epochs_first": (60, 10),  # in the first session
     "batch": (16, 32),
     "lr": (2e-5, 5e-4),
