@@ -85,20 +85,21 @@ def load_sessions(args, backbone):
         sessions = synthetic(backbone.image_size, sessions=args.sessions)
     else:
         sessions = load(args.data, args.sessions, backbone.image_size)
-        counts = [
-            (s.name, len(s.keys), in_sheet(s.name), len(np.unique(s.subjects)), SUBJECTS.get(s.name)) for s in sessions
-        ]
-        texts = [f"{name} {n} of {all_n or '?'}, subjects {p} of {all_p or '?'}" for name, n, all_n, p, all_p in counts]
+        texts = []
+        for s in sessions:
+            people = f"subjects {len(np.unique(s.subjects))} of {SUBJECTS.get(s.name) or '?'}"
+            texts.append(f"{s.name} {len(s.keys)} of {in_sheet(s.name) or '?'}, {people}")
         print(f"samples, of those in the official sheets: {'; '.join(texts)}")
     args.images = {"size": backbone.image_size, "mean": backbone.mean, "std": backbone.std}
     for session in sessions:
-        session.images = normalise(session.images, backbone.mean, backbone.std).to(args.device)
+        session.images = normalise(torch.from_numpy(session.images).to(args.device), backbone.mean, backbone.std)
     return sessions
 
 
 def normalise(images, mean, std):
-    """Images (N, 3, S, S) uint8, an array, as a backbone expects them: a float32 tensor, by its mean and std."""
-    return (torch.from_numpy(images).float() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    """Images (N, 3, S, S) uint8, on any device, as a backbone expects them: float32, by its mean and std."""
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (mean, std))
+    return (images.float() / 255 - mean) / std
 
 
 # ---- a processed folder ----------------------------------------------------------------------------------------------

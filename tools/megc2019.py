@@ -53,7 +53,7 @@ def read(repo, composite):
                 session, name = "megc-3", f"sub{number}_{dataset}_{clip}.png"
             images[f"{session}_{CLASSES[line['label']]}/{name}"] = content
     except (OSError, KeyError, ValueError) as error:
-        at = f", at {line['sub']} {line['filename_o']}" if "filename_o" in line else ""
+        at = f", at {line.get('sub')} {line['filename_o']}" if "filename_o" in line else ""
         sys.exit(f"error: {repo}: not HTNet's {LIST} and {IMAGES}{at} ({error})")
     counts = Counter(key.partition("/")[0] for key in images)
     for session in ["megc-3"] if composite else SESSIONS.values():

@@ -111,7 +111,7 @@ def main():
     network = nn.Sequential(backbone, nn.Linear(backbone.num_features, 72)).to(args.device)
 
     def predict(images):  # (B, 3, S, S) uint8 -> (B, 72)
-        return network(data.normalise(images.numpy(), backbone.mean, backbone.std).to(args.device))
+        return network(data.normalise(images.to(args.device), backbone.mean, backbone.std))
 
     optimizer = torch.optim.AdamW(network.parameters(), args.lr, weight_decay=0.05, fused=True)
     # The learning rate rises for a twentieth of the steps, then falls as a cosine.
