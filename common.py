@@ -1,13 +1,10 @@
 """What every script shares: arguments, device, backbones, and the small helpers of the training loop.
-
-Shapes: B batch, N samples, S image side in pixels, d features.
-"""
+Shapes: B batch, N samples, S image side in pixels, d features."""
 
 import argparse
 import contextlib
 import copy
 import hashlib
-import logging
 import os
 import sys
 import time
@@ -136,8 +133,6 @@ def make_backbone(args, parts=None, size=None):
         name, smaller = TINY[args.backbone]
         weights = os.path.join(HERE, "tiny", f"{args.backbone}.pt") if weights is None else weights
     if weights not in (None, "none"):
-        if not os.path.isfile(weights):
-            sys.exit(f"error: {weights!r}: no such weight file; --weights none starts from random weights")
         with contextlib.suppress(Exception):  # only files of tools.pretrain tell; what is no weight file is seen below
             size = torch.load(weights, weights_only=True, map_location="cpu")["made"]["size"]
     torch.manual_seed(args.seed)  # for --weights none
@@ -158,14 +153,7 @@ def make_backbone(args, parts=None, size=None):
     if parts and not _same(network, parts):  # tried before anything is downloaded
         sys.exit(f"error: --backbone {args.backbone}: {args.method} needs a plain ViT with a class token, such as vit")
     try:
-        if weights is None:
-            logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries would bury the one line below
-            network.load_state_dict(timm.create_model(name, num_classes=0, pretrained=True).state_dict())
-        elif weights != "none":  # a classifier in the file is left out, whatever timm calls it; all else must match
-            names = network.pretrained_cfg["classifier"]
-            classifier = tuple(f"{word}." for word in ([names] if isinstance(names, str) else names))
-            without = lambda state, _: {k: v for k, v in state.items() if not k.startswith(classifier)}  # noqa: E731
-            timm.models.load_checkpoint(network, weights, weights_only=True, filter_fn=without)
+        load_weights(network, name, weights)
     except Exception as error:  # hub, network, file and torch errors have no common type
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         advice = "" if weights else "; pass a file with --weights PATH, or take --weights none or --preset tiny"
@@ -173,6 +161,45 @@ def make_backbone(args, parts=None, size=None):
     digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in network.state_dict().values())).hexdigest()
     args.loaded = f"{os.path.basename(weights or name)}, {network.image_size} px, sha256 {digest[:12]}"
     return network.to(args.device, memory_format=torch.channels_last)  # convolutions run faster in it
+
+
+def load_weights(network, name, weights):
+    """Fill a timm model from the file `weights`, from the hub (None: the checkpoint `name`), or not at all ("none").
+
+    A classifier is left out; all else must match, after timm's own conversion of a file from the model's authors.
+    """
+    import huggingface_hub
+    import timm
+
+    if weights == "none":
+        return
+    if weights is None:
+        repository = network.pretrained_cfg.get("hf_hub_id")
+        if repository and not isinstance(huggingface_hub.try_to_load_from_cache(repository, "model.safetensors"), str):
+            place, size = huggingface_hub.constants.ENDPOINT, sum(p.numel() for p in network.parameters()) / 250_000
+            print(f"weights: {place}/{repository}, about {size:.0f} MB, once (or --weights FILE)", flush=True)
+            huggingface_hub.model_info(repository, timeout=60)  # the download would wait long for a hub that is silent
+        network.load_state_dict(timm.create_model(name, num_classes=0, pretrained=True).state_dict())
+        return
+    with open(weights, "rb") as file:
+        head = file.read(9)
+    if head.startswith(b"version "):
+        raise ValueError("a Git LFS pointer, not the file itself, which git lfs pull fetches")
+    if head.endswith(b"{") != weights.endswith(".safetensors"):
+        raise ValueError("the names of safetensors files end with .safetensors, those of no others do")
+    names, own = network.pretrained_cfg["classifier"], network.state_dict()
+    classifier = tuple(f"{word}." for word in ([names] if isinstance(names, str) else names))
+    convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", lambda state, _: state)
+
+    def fit(state, network):
+        for key in own.keys() & state.keys():  # timm would stretch what was learned at another image or patch size
+            there, here = list(state[key].shape), list(own[key].shape)
+            if key.endswith(("pos_embed", "bias_table", "patch_embed.proj.weight")) and there != here:
+                raise ValueError(f"{key} is {there}, here {here}: of another image or patch size")
+        rest = lambda state: {key: value for key, value in state.items() if not key.startswith(classifier)}  # noqa: E731
+        return rest(state) if rest(state).keys() == own.keys() else rest(convert(state, network))
+
+    timm.models.load_checkpoint(network, weights, weights_only=True, filter_fn=fit)
 
 
 @torch.no_grad()
@@ -212,6 +239,8 @@ def extract(network, images, *others, size=256):
 
 def launch(main, kept="finished folds are kept, the same command goes on from there"):
     """Run a script's main function. Ctrl-C ends it with one line that says what is `kept`, a closed pipe with none."""
+    with contextlib.suppress(AttributeError):  # what stands in for it in a notebook has no such thing
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that are not UTF-8 can be printed, too
     try:
         main()
         sys.stdout.flush()

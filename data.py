@@ -2,9 +2,7 @@
 
 A sample is one image: the optical flow from the onset to the apex frame of a clip, coded as HSV (hue = direction of the
 motion, value = its size), or otherwise by others. A session is one dataset of such images, read from a processed folder
-(`load`) or made up (`synthetic`); `load_sessions` puts either on the device, as a backbone expects it.
-
-Shapes: N samples of one session, S image side in pixels.
+(`load`) or made up (`synthetic`). Shapes: N samples of one session, S image side in pixels.
 """
 
 import hashlib
@@ -46,24 +44,15 @@ OURS = ("folds.csv", "report.csv", "prepare.json")  # files of a processed folde
 
 @dataclass
 class Session:
-    """One dataset of the stream. Samples are sorted by (emotion, file name): the same on every file system.
+    """One dataset of the stream. Samples are sorted by (emotion, file name): the same on every file system."""
 
-    name      its word in folder names, e.g. "casme2"
-    emotions  its words in the order of DATASETS
-    images    (N, 3, S, S) uint8 RGB; from `load_sessions` float32 on the device, normalised
-    labels    (N,) str, the emotion of each sample
-    subjects  (N,) int; a number means one person within this session only
-    keys      (N,) str, paths below the processed folder, e.g. "casme2_happiness/sub01_EP02_01f.png"
-    digest    a hash of what the images were made of, whatever S is
-    """
-
-    name: str
-    emotions: list
-    images: np.ndarray
-    labels: np.ndarray
-    subjects: np.ndarray
-    keys: np.ndarray
-    digest: str
+    name: str  # its word in folder names, e.g. "casme2"
+    emotions: list  # its words in the order of DATASETS
+    images: np.ndarray  # (N, 3, S, S) uint8 RGB; from `load_sessions` float32 on the device, normalised
+    labels: np.ndarray  # (N,) str, the emotion of each sample
+    subjects: np.ndarray  # (N,) int; a number means one person within this session only
+    keys: np.ndarray  # (N,) str, paths below the processed folder, e.g. "casme2_happiness/sub01_EP02_01f.png"
+    digest: str  # a hash of what the images were made of, whatever S is
 
 
 def progress(items, what, total=None):
@@ -107,11 +96,9 @@ def load(path, sessions=STREAM, size=224):
     """Read `sessions` from the processed folder `path`, resized (stretched, bilinear) to size x size pixels.
 
     The layout is that of the released benchmark: one folder per <session>_<emotion>, images inside, the subject being
-    the first number in the file name. Returns a list of Session in the order of `sessions`. Ends with one line on an
-    unknown folder, an unreadable image, a name without a number, an image twice, or a session without samples.
+    the first number in the file name. Returns a list of Session in the order of `sessions`. Ends with one line on what
+    cannot be right: a folder, an image, a subject, an image twice, a session without samples.
     """
-    if not os.path.isdir(path):
-        sys.exit(f"error: {path!r}: no such folder; --data takes one that holds one folder per <session>_<emotion>")
     emotions = sorted({emotion for counts in DATASETS.values() for emotion in counts})
     found = {name: [] for name in sessions}
     unread = 0
@@ -123,10 +110,8 @@ def load(path, sessions=STREAM, size=224):
         name, _, word = folder.lower().partition("_")
         emotion = ALIASES.get(word, word)
         if name not in DATASETS or emotion not in emotions:
-            sys.exit(
-                f"error: {inside}: folders are named <session>_<emotion>;"
-                f" sessions: {', '.join(DATASETS)}; emotions: {', '.join(emotions)}"
-            )
+            known = f"sessions: {', '.join(DATASETS)}; emotions: {', '.join(emotions)}"
+            sys.exit(f"error: {inside}: folders are named <session>_<emotion>; {known}")
         if name not in found:
             continue
         files = [file for file in os.listdir(inside) if not file.startswith(".")]
@@ -151,7 +136,7 @@ def _read_session(path, name, samples, size):
     labels, files, keys = zip(*samples)
     if len({(emotion, os.path.splitext(file)[0]) for emotion, file, _ in samples}) < len(samples):
         sys.exit(f"error: {path}: session {name} has an image twice, in two spellings of a folder or two formats")
-    subjects = []
+    subjects, first = [], {}
     images = np.empty((len(samples), 3, size, size), np.uint8)
     digest = hashlib.sha256()
     for i, key in enumerate(progress(keys, name)):
@@ -166,7 +151,14 @@ def _read_session(path, name, samples, size):
             images[i] = read_image(io.BytesIO(content), size)
         except Exception as error:  # a damaged file can raise almost anything
             sys.exit(f"error: {file}: not a readable image ({' '.join(str(error).split())})")
-        digest.update(f"{key} {len(content)} ".encode() + content)
+        digest.update(os.fsencode(f"{key} {len(content)} ") + content)  # names need not be UTF-8
+        twin = first.setdefault(hashlib.sha256(content).digest(), key)
+        if twin != key and np.ptp(images[i], (1, 2)).any():  # images of one colour are alike and no copies
+            sys.exit(f"error: {file}: byte for byte the image {twin}: one could be in training, the other in the tests")
+    people, sheet = len(set(subjects)), SUBJECTS.get(name)
+    if people > max(sheet or 0, len(samples) / 2):  # names that begin with an index make SLCV as easy as ILCV
+        read = f"its first number, {subjects[-1]}, is taken for the subject"
+        sys.exit(f"error: {file}: {read}: {people} subjects in {len(samples)} images, {sheet or '?'} in the sheet")
     columns = np.array(labels), np.array(subjects), np.array(keys)
     return Session(name, list(DATASETS[name]), images, *columns, digest.hexdigest())
 

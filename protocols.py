@@ -1,16 +1,15 @@
 """The evaluation protocol: folds, fold binding, metrics, and the lines and files of a run.
 
-A trial binds fold i of every session: a model trains on session t without its fold i, and after session t it is tested
-on the fold-i parts of sessions 1..t together. Five trials make a run. A_t is the accuracy after session t, `avg` the
-mean of A_1..A_T (the paper's A-bar), `last` A_T (its A-tilde). Means are over folds (arXiv 2501.19111, sections 3.2 and
-3.3); standard deviations (n - 1) are ours.
-
-Shapes: N samples of a session, n samples tested after a session, R rows, E emotions, T sessions.
+A trial binds fold i of every session: a model trains on session t without its fold i, and is then tested on the fold-i
+parts of sessions 1..t together. Five trials make a run. A_t is the accuracy after session t, `avg` the mean of A_1..A_T
+(the paper's A-bar), `last` A_T (its A-tilde), as means over folds (arXiv 2501.19111, sections 3.2 and 3.3); standard
+deviations (n - 1) are ours. Shapes: N samples of a session, n samples tested after one, R rows, E emotions, T sessions.
 """
 
 import ast
 import copy
 import csv
+import datetime
 import hashlib
 import io
 import json
@@ -19,6 +18,7 @@ import re
 import sys
 import time
 from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ import rch
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 K = 5  # folds, as the paper
+FOLDS = ("session", "subject", "clip", "onset", "key", "slcv", "ilcv")  # the columns of folds.csv
 
 
 # ---- folds -----------------------------------------------------------------------------------------------------------
@@ -52,31 +53,51 @@ def split(subjects, protocol, k=K, seed=42):
 
 def bind(session, args):
     """(test indices of each fold of a session, hash of the folds): from <args.data>/folds.csv or by `split`.
-
-    Who has the folds.csv of one official sheet (tools.prepare) and so the same hash tests the same clips in the same
-    folds, whatever images are missing. Without the file, and for loso, the hash is None.
-    """
+    The same hash means the same clips in the same folds, whatever images are missing; without the file it is None."""
     path, folds_hash = os.path.join(args.data or "", "folds.csv"), None
     try:
         if args.data is None or args.protocol == "loso" or not os.path.exists(path):
             tests = split(session.subjects, args.protocol)
         else:
-            with open(path, newline="", encoding="utf-8-sig") as file:
-                lines = [line for line in csv.DictReader(file) if line["session"] == session.name]
+            lines = read_folds(path, session)
             fold_of = {line["key"]: int(line[args.protocol]) for line in lines}
             folds = np.array([fold_of[key] for key in session.keys.tolist()])
-            pairs = {(line["subject"], line["slcv"]) for line in lines}
-            if len(pairs) > len({subject for subject, _ in pairs}) or not set(folds) <= set(range(K)):
-                raise ValueError(f"folds.csv has a subject in two SLCV folds, or a fold outside of 0 to {K - 1}")
             print(f"folds.csv: {session.name} has {len(lines)} lines, {len(lines) - len(folds)} without an image")
             tests = [np.flatnonzero(folds == i) for i in range(K)]
-            folds_hash = _sha([[line[n] for n in ("subject", "clip", "onset", "slcv", "ilcv")] for line in lines])
+            folds_hash = _sha([[line[n] for n in FOLDS[1:] if n != "key"] for line in lines])
         if min(map(len, tests)) < 1 or len(session.keys) - max(map(len, tests)) < 2:
             raise ValueError("a fold has no sample to test or fewer than 2 to train on")
-    except (KeyError, ValueError) as error:  # a KeyError of folds.csv: it has no such line or column
-        what = f"folds.csv has no {error}" if isinstance(error, KeyError) else error
+    except (KeyError, ValueError) as error:
+        what = f"{path} has no line of the image {error}" if isinstance(error, KeyError) else error
         sys.exit(f"error: session {session.name}: {what}")
     return tests, folds_hash
+
+
+def read_folds(path, session):
+    """The lines of a folds.csv that are a session's: dicts of texts. A ValueError if one cannot be right."""
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        reader = csv.DictReader(file)
+        lines = [line | {"line": reader.line_num} for line in reader if line.get("session") == session.name]
+    if not set(FOLDS) <= set(reader.fieldnames or ()):
+        raise ValueError(f"{path}: its first line must be {','.join(FOLDS)}")
+    subject_of, fold_of, seen = dict(zip(session.keys.tolist(), session.subjects.astype(str))), {}, set()
+    for line in lines:
+        subject, clip, onset, key, slcv, ilcv = [line[name] for name in FOLDS[1:]]
+        # Two entries may be alike where one has no image (no key); without an onset (tools.view) a clip is no name.
+        own = {key, (subject, clip, onset) if onset else key} if key else set()
+        if not {slcv, ilcv} <= set(map(str, range(K))):
+            why = f"has the folds {slcv} and {ilcv}, which are 0 to {K - 1}"
+        elif fold_of.setdefault(subject, slcv) != slcv:
+            why = f"puts subject {subject} in a second SLCV fold"
+        elif own & seen:
+            why = f"has {key}, or its clip and onset, a second time"
+        elif subject_of.get(key, subject) != subject:
+            why = f"has subject {subject}, the name of {key} {subject_of[key]}"
+        else:
+            seen |= own
+            continue
+        raise ValueError(f"{path}: line {line['line']} {why}")
+    return lines
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
@@ -132,7 +153,11 @@ class Run:
         self.info = describe(args, sessions, self.tests, hashes, merges)
         self.folder = os.path.join(args.out, name_of(args), _sha(self.info)[:8])
         os.makedirs(self.folder, exist_ok=True)
-        write(os.path.join(self.folder, "run.json"), json.dumps(self.info, indent=1).encode())
+        path, source = os.path.join(self.folder, "run.json"), Path(args.data or "", "prepare.json")
+        if not os.path.exists(path):  # beside what the numbers depend on: when it began, and how the images were made
+            prepared = json.loads(source.read_text("utf-8")) if args.data and source.exists() else None
+            made = datetime.datetime.now(datetime.timezone.utc).isoformat()
+            write(path, json.dumps({"made": made, "prepared": prepared, "info": self.info}, indent=1).encode())
         print(f"{args.method}, {args.backbone} ({args.loaded}), {args.protocol}, {args.device}, images", end=" ")
         print(f"{self.info['images']}, folds {self.info['folds']} ({'folds.csv' if hashes[0] else 'images'})")
 
@@ -161,7 +186,6 @@ class Run:
         scores  (n, R) of the fold-`fold` test parts of sessions 0..t, in that order: array or tensor
         losses  of every training step, 0-d tensors
         others  further (scores, losses), named: kept, and the accuracies printed
-        Ends with one line if a number is not finite.
         """
         saved = self.saved
         saved["seconds"].append(time.perf_counter() - self.began)
@@ -187,10 +211,10 @@ class Run:
                 sys.exit(f"{where}: scores are not finite; try a smaller --lr")
             saved |= {f"{name}_{t}": values, f"{loss}_{t}": steps}
         if t == len(self.sessions) - 1:
-            saved |= {"identity": _sha(self.info), "threads": torch.get_num_threads()}
-            saved |= {"processor": torch.backends.cpu.get_cpu_capability(), "device": self.args.device.type}
-            if self.args.device.type == "cuda":
-                saved["device"] = torch.cuda.get_device_name(self.args.device)
+            device = self.args.device
+            saved["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+            saved |= {"threads": torch.get_num_threads(), "processor": torch.backends.cpu.get_cpu_capability()}
+            saved["identity"] = _sha(self.info)
             file = io.BytesIO()
             np.savez_compressed(file, **saved)
             write(os.path.join(self.folder, f"fold{fold}.npz"), file.getvalue())
@@ -265,8 +289,7 @@ class Run:
 # ---- a run on disk ---------------------------------------------------------------------------------------------------
 def describe(args, sessions, tests, folds_hashes, merges):
     """All that the numbers depend on: runs that agree here give the same on the same machine."""
-    # What is left out is hashed below, or changes no number.
-    elsewhere = "folds out save data images weights device loaded code".split()
+    elsewhere = "folds out save data images weights device loaded code".split()  # hashed below, or change no number
     cuts = [[s.keys.tolist(), *(test.tolist() for test in own)] for s, own in zip(sessions, tests)]
     tests_hash = _sha(cuts)[:12]
     versions = {name: metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy", "pillow")}

@@ -1,21 +1,19 @@
 """The Remappable Classification Head (RCH): the idea of the benchmark paper (arXiv 2501.19111, section 3.4).
 
-Datasets share emotions: "happiness" comes in all four sessions, each time in another domain. RCH gives every session
-its own ROWS of the head's weights, one per (session, emotion) pair, redundant on purpose: 5 + 5 + 6 + 7 = 23 rows for 9
-emotions. Training only ever sees rows. Emotions appear when a prediction is made, by merging the rows that mean the
-same. With x the features and H_t^c the weights of emotion c's row in session t:
+Datasets share emotions, each time in another domain. RCH gives every session its own ROWS of the head's weights, one
+per (session, emotion) pair, redundant on purpose: 5 + 5 + 6 + 7 = 23 rows for 9 emotions. Training only sees rows. For
+a prediction the rows that mean the same are merged. With x the features, H_t^c the weights of emotion c in session t:
 
     eq. 3   H_final^c = sum over the sessions t that contain emotion c of H_t^c
     eq. 4   p(c | x) = softmax(x^T H_final)_c
 
-For a linear head the sum of weights is the sum of scores, so all that RCH does is one product of the row scores (B, R)
-with a 0/1 matrix (R, E). The softmax of eq. 4 changes no argmax.
+For a linear head the sum of weights is the sum of scores: one product of the row scores (B, R) with a 0/1 matrix
+(R, E). The softmax of eq. 4 changes no argmax.
 
-The sum needs care: an emotion seen in four sessions is a sum of four scores, one seen once is a single score, so
-whatever is added to every row counts four times against once. Rows may be summed where a score of 0 means "no evidence
-for this row", as in RanPAC (regressions onto 0 and 1; see ranpac.py). Cross-entropy fixes only differences of scores.
-Within a session's own rows (Finetune, L2P, DualPrompt) it leaves a constant free per session. Over all rows (DER,
-FOSTER) it pushes old rows down, which get no sample any more: emotions with the most old rows lose most. So compare:
+The sum needs care: what is added to every row counts four times for an emotion that four sessions have. Rows may be
+summed where a score of 0 means "no evidence for this row", as in RanPAC (regressions onto 0 and 1). Cross-entropy fixes
+only differences of scores. Within a session's own rows (Finetune, L2P, DualPrompt) it leaves a constant free per
+session. Over all rows (DER, FOSTER) it pushes old rows down, which get no sample any more. So compare:
 
     sum        eq. 3
     prob       not eq. 4: softmax over the rows first, then the sum; a constant common to all rows cancels
@@ -31,17 +29,12 @@ WAYS = ("sum", "prob", "centered", "max")
 
 
 class RCH:
-    """The rows so far: which emotion and which session each one stands for.
-
-    .emotions     list of E words in order of first appearance
-    .row_emotion  (R,) int, index into emotions
-    .row_session  (R,) int, 0 for the first session
-    """
+    """The rows so far: which emotion and which session each one stands for."""
 
     def __init__(self):
-        self.emotions, self.sessions = [], 0
-        self.row_emotion = np.zeros(0, int)
-        self.row_session = np.zeros(0, int)
+        self.emotions, self.sessions = [], 0  # E words in order of first appearance; how many sessions came
+        self.row_emotion = np.zeros(0, int)  # (R,) index into emotions
+        self.row_session = np.zeros(0, int)  # (R,) 0 for the first session
 
     def add_session(self, emotions):
         """Add one row per word of `emotions`, as the next session; returns the slice of the new rows."""

@@ -11,6 +11,7 @@ import argparse
 import collections
 import contextlib
 import copy
+import datetime
 import doctest
 import functools
 import glob
@@ -26,6 +27,7 @@ import runpy
 import shlex
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -632,6 +634,11 @@ def test_every_tensor_is_on_the_device(script):
     """Without a GPU: torch's fake tensors "on cuda" refuse to mix devices, and to give a number that a step waits for.
     Not driven here: the backward pass, and what looks at numbers in the ridge."""
     device, shapes, steps = torch.device("cuda"), [], []
+    with FakeTensorMode():
+        try:
+            torch.empty(2, device="cuda:0")[0]
+        except RuntimeError:
+            pytest.skip("this torch asks a real driver before it indexes a fake tensor")
     cpu = argparse.Namespace(preset="tiny", backbone="vit", weights=None, seed=0, device=torch.device("cpu"))
     network = common.make_backbone(cpu)
 
@@ -846,6 +853,10 @@ def test_the_synthetic_stream():
     (samm,) = data.synthetic(12, sessions=["samm"])  # does not depend on the other sessions
     assert np.array_equal(samm.images, small[1].images) and not np.array_equal(other[1].images, small[1].images)
     assert [s.digest for s in small] == [s.digest for s in stream] and len({s.digest for s in stream + other}) == 8
+    # What is hashed is the text of the code, which no Python writes otherwise, and no syntax.
+    code = text_of("tiny/stream.py") + re.search(r"def flow_to_image.*?(?=\n\n\n)", text_of("data.py"), re.S)[0] + "\n"
+    right = f"{code} samm 0 {dict(SHEETS['samm'][0])} {SHEETS['samm'][1]}"
+    assert small[1].digest == hashlib.sha256(right.encode()).hexdigest()
     flow = np.zeros((2, 4, 4, 2))
     directions = [(1, 0), (0.5, np.sqrt(0.75)), (-0.5, np.sqrt(0.75)), (-1, 0)]  # 0, 60, 120, 180 degrees, y down
     flow[0, 0], flow[0, 1, 0], flow[0, 1, 1] = 2 * np.array(directions), (1, 0), (0, -2)  # half as strong; 270 degrees
@@ -901,6 +912,11 @@ def test_an_exported_stream_and_a_new_dataset(monkeypatch):
     put("new", [f"smic_{emotion}/{i}.png" for emotion in ("sad", "surprise") for i in range(8)])
     screen = works(*PIXELS, "--sessions", "smic", "--data", "new", "--folds", "0")
     assert "smic 16 of ?, subjects 8 of 3" in screen
+    put("new", ["smic_sad/8.png"])  # 9 people in 17 images: more than half as many
+    for people in (3, None):
+        monkeypatch.setitem(data.SUBJECTS, "smic", people)
+        line = start(*PIXELS, *"--sessions smic --data new".split())[2]
+        assert line.endswith(f"is taken for the subject: 9 subjects in 17 images, {people or '?'} in the sheet\n")
     assert folds_in("results")[0]["emotions"].tolist() == ["surprise", "sad"]
 
 @pytest.mark.parametrize("protocol, names", [("ilcv", NAMES), ("loso", ["casme2"])])
@@ -966,6 +982,8 @@ def test_a_run_is_what_its_numbers_depend_on(monkeypatch):
     for folder, change in dict(a={}, b={TREE[0]: png(colour=8)}, c={TREE[0]: None}, d={}).items():
         put(f"{folder}/x", dict.fromkeys(TREE, png()) | change)
     put("c/x", ["casme2_happiness/sub09_2.png"])
+    put("a/x", {"prepare.json": '{"opencv": "5"}'})
+    made = datetime.datetime.now(datetime.timezone.utc)
     core = ("common.py", "data.py", "protocols.py", "rch.py", "tiny/__init__.py", "tiny/stream.py")
     core = {name: text_of(name) for name in core}
     monkeypatch.setattr(protocols, "HERE", os.getcwd())  # the core whose files count is the copy
@@ -995,7 +1013,10 @@ def test_a_run_is_what_its_numbers_depend_on(monkeypatch):
     assert hashes["--data b/x"][0] != images and hashes["--data b/x"][1] == folds  # a pixel
     assert hashes["--data c/x"][0] != images and hashes["--data c/x"][1] != folds != hashes["K"][1]  # a name; the cut
     with open(os.path.join(folders[0], "run.json"), encoding="utf-8") as file:
-        info = json.load(file)
+        about = json.load(file)
+    info = about.pop("info")
+    assert about["prepared"] == {"opencv": "5"} and list(about) == ["made", "prepared"]  # of the first run of them
+    assert made < datetime.datetime.fromisoformat(about["made"]) < datetime.datetime.now(datetime.timezone.utc)
     assert list(info) == ("arguments merges device synthetic fold_count counts images tests folds weights code"
                           " versions").split()
     assert set(info["arguments"]) == {"backbone", "protocol", "sessions", "preset", "seed", "wild", "method", "changed"}
@@ -1205,7 +1226,12 @@ dualprompt --backbone resnet; ranpac --folds 1 0 1; ranpac --folds -1; finetune 
 controls.pixels --protocol loso --sessions casme2 samm; controls.pixels --out file; controls.pixels --out file/deeper"""
 NO_PLAIN_VIT = ["vit_small_patch14_reg4_dinov2", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224",
                 "test_convnext", "test_vit3"]
+NOISE = png(np.random.RandomState(0).randint(0, 255, (20, 20, 3), np.uint8))
 TREES = [  # what differs in a small right folder, flags, what the line must say
+    ({"samm_anger/1_1.png": NOISE, "samm_anger/1_2.png": NOISE}, "", "1_2.png: byte for byte the image samm_anger/1_1"),
+    ({"samm_anger/1_1.png": NOISE, "samm_others/3.png": NOISE}, "", "/3.png: byte for byte the image samm_anger/1_1"),
+    ({f"samm_surprise/{i:06d}_sub001_{i}.png": png() for i in range(100, 128)}, "",
+     "its first number, 127, is taken for the subject: 32 subjects in 44 images, 27 in the sheet"),
     ({"casme2_Happy/sub09_1.png": png(), "casme2_happiness/sub09_1.jpg": png()}, "", "an image twice"),
     ({}, "--data nowhere", "nowhere"), ({}, "--data hollow", "hollow: no images of session casme2"),
     ({}, "--sessions casme2 samm mmew", "no images of session mmew"), ({"smic_sad/1.png": ""}, "", "smic_sad"),
@@ -1273,6 +1299,52 @@ def test_weight_files_of_every_kind(monkeypatch):
             assert len(values) == len(state) - 2 and all(torch.equal(values[key], state[key]) for key in values)
     flags = "--preset paper --backbone vit_base_patch16_clip_224 --weights none".split()
     assert start("dualprompt", *flags)[2] == "loaded\n"
+    # By the names of the model's authors: SwinV2's merges stand at the end of a stage there, its tables are kept.
+    swin, theirs = timm.create_model("swinv2_tiny_window8_256"), {}
+    for key, value in swin.state_dict().items():
+        stage = re.match(r"layers\.(\d)\.downsample", key)
+        key = f"layers.{int(stage[1]) - 1}.downsample{key[stage.end():]}" if stage else key
+        theirs[key.replace("head.fc.", "head.")] = value
+    theirs |= {f"layers.0.blocks.1.{name}": torch.ones(1) for name in ("attn_mask", "attn.relative_coords_table")}
+    torch.save({"model": theirs}, "swinv2_tiny_patch4_window8_256.pth")
+    state = timm.create_model(vit[0]).state_dict()
+    torch.save(state | {f"pre_logits.fc.{name}": torch.ones(1) for name in ("weight", "bias")}, "in21k.pth")
+    for name, file, right in (("swinv2_tiny_window8_256", "swinv2_tiny_patch4_window8_256.pth", swin.state_dict()),
+                              (vit[0], "in21k.pth", state)):
+        assert start("finetune", "--preset", "paper", "--backbone", name, "--weights", file)[2] == "loaded\n"
+        assert all(torch.equal(value, right[key]) for key, value in found[-1].state_dict().items())
+    shutil.rmtree("results")
+    # What cannot be loaded: with the true reason.
+    put(".", dict.fromkeys(["lfs.bin", "lfs.safetensors"], "version https://git-lfs.github.com/spec/v1\noid sha256:0"))
+    save_file(state, "renamed.bin")
+    torch.save(state, "torch.safetensors")
+    torch.save(timm.create_model("vit_tiny_patch16_384").state_dict(), "384.pth")
+    for file, reason in {"lfs.bin": "a Git LFS pointer", "lfs.safetensors": "a Git LFS pointer",
+                         "renamed.bin": "end with .safetensors", "torch.safetensors": "end with .safetensors",
+                         "384.pth": "pos_embed is [1, 577, 192], here [1, 197, 192]: of another image or patch size",
+                         "nowhere.pth": "No such file"}.items():  # fmt: skip
+        line = one_line("finetune", "--preset", "paper", "--backbone", vit[0], "--weights", file)
+        assert line.startswith(f"error: {file}: cannot be loaded into this backbone (") and reason in line, line
+
+def test_a_hub_that_is_silent():
+    """It takes a connection and never answers: a line before the download, and an end in two minutes, here sooner."""
+    words = ["", "--preset", "paper", "--backbone", "vit_tiny_patch16_224"]
+    code = f"""if True:
+        import sys, huggingface_hub
+        ask = huggingface_hub.model_info
+        huggingface_hub.model_info = lambda repository, timeout: ask(repository, timeout=timeout / 60)
+        sys.argv = {words}
+        import finetune
+        finetune.main()"""
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+        place = f"http://127.0.0.1:{hub.getsockname()[1]}"
+        own = {"HF_ENDPOINT": place, "HF_HUB_OFFLINE": "0", "HF_HOME": os.path.abspath("empty"), "PYTHONPATH": HERE}
+        began = time.time()
+        out, errors = process("-c", code, env=os.environ | own).communicate(timeout=100)
+    name = "vit_tiny_patch16_224"
+    assert out == f"weights: {place}/timm/{name}.augreg_in21k_ft_in1k, about 22 MB, once (or --weights FILE)\n"
+    assert re.fullmatch(rf"error: {name}: cannot be .* \(.*timed out.*\); pass a file with --weights .*\n", errors)
+    assert time.time() - began < 90
 
 def changed(script, diff):
     """The text of a script after a diff of the docs: its old lines are there, in this order."""
@@ -1393,11 +1465,25 @@ def test_folds_come_from_folds_csv_where_there_is_one(protocol):
     assert re.search(r"folds (\w+) \(folds.csv\)", run(lines, "--out", "b")).group(1) in screen
     put("tree", TREE)
     shutil.rmtree("results")
-    assert f"folds.csv has no '{TREE[3]}'" in run(lines[:3] + lines[4:], way=one_line)
-    assert "subject in two SLCV folds" in run([*lines, ["casme2", 1, 7, "", "", 3, 3]], way=one_line)
-    assert "a fold outside of 0 to 4" in run([[*line[:5], line[5] + 1, line[6] + 1] for line in lines], way=one_line)
-    assert "session casme2: folds.csv has no 'casme2_" in run([["text"]], way=one_line)
-    assert "session casme2: a fold has no sample to test" in run([[*line[:5], 0, 0] for line in lines], way=one_line)
+    end, same = len(lines) + 2, [[*line[:2], 5, 30, *line[4:]] for line in lines[:2]]  # two images of one clip
+    for wrong, words in (
+        (lines[:3] + lines[4:], f"tree/folds.csv has no line of the image '{TREE[3]}'"),
+        ([["text"]], "session casme2: tree/folds.csv has no line of the image 'casme2_"),
+        ([*lines, ["casme2", 1, 7, "", "", 3, 3]], f"line {end} puts subject 1 in a second SLCV fold"),
+        ([[*line[:5], line[5] + 1, line[6]] for line in lines], f"line {2 + 6} has the folds 5 and "),
+        ([[*line[:6], f"{line[6]}.0"] for line in lines], "line 2 has the folds 1 and 0.0, which are 0 to 4"),
+        ([*lines, ["casme2", 1]], f"line {end} has the folds None and None"),
+        ([*lines, lines[0]], f"tree/folds.csv: line {end} has {TREE[0]}, or its clip and onset, a second time"),
+        (same + lines[2:], f"line 3 has {TREE[1]}, or its clip and onset, a second time"),
+        ([["casme2", 77, *lines[0][2:]], *lines[1:]], f"line 2 has subject 77, the name of {TREE[0]} 1"),
+        ([[*line[:5], 0, 0] for line in lines], "session casme2: a fold has no sample to test"),
+    ):  # fmt: skip
+        assert words in run(wrong, way=one_line), words
+    run([*lines, ["casme2", 9, 99, "", "", 4, 4]])  # two entries without an image may be alike
+    shutil.rmtree("results")
+    for text in (";".join(FOLDS).encode(), ",".join(FOLDS).encode("utf-16")):  # saved by a spreadsheet program
+        put("tree", {"folds.csv": text})
+        assert "tree/folds.csv: its first line must be session,subject," in one_line(*flags, "--protocol", protocol)
     assert "(images)" in run([["text"]], "--protocol", "loso", "--sessions", "casme2")
 
 

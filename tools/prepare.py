@@ -60,6 +60,7 @@ class Source(NamedTuple):
     skipped: str = ""  # folders passed by, for frames and for landmarks
     digits: int = 3  # of the subject in the images' names
     renamed: dict = {}  # labels, beside data.ALIASES
+    face: float = 0.5  # least side of the crop, in heights of the frame: all released landmark files have more
     many: bool = False  # whether a clip is a recording of several expressions, told apart by their onset
 
 
@@ -74,20 +75,21 @@ SOURCES = {  # a new dataset is one more record, beside that in data.DATASETS
                    renamed={"repression": "others"}),  # the official page's word for what the sheet calls others
     "casme3": Source("CAS(ME)^3", "http://casme.psych.ac.cn/casme/e4",
                      r"spno\.?(\d+)/([a-z])/color(?:/color)?|spno\.?(\d+)_([a-z])_(\d+)|spno\.?(\d+)([a-z])()(\d+)",
-                     801, many=True, copies=("casme3_table",),
+                     803, many=True, face=0.2, copies=("casme3_table",),
                      sheets=("cas(me)3_part_A_ME_label_JpgIndex_v2", "part_A_ME_label_JpgIndex"),
                      skipped=r"depth|(.*_)?mae(_.*)?|part_?[bc](_.*)?"),  # depth, macro-expressions, parts B and C
-    "dfme": Source("DFME", "https://mea-lab-421.github.io", r"(sub\d+_\d+)", 1856, crop=True, digits=4,
+    "dfme": Source("DFME", "https://mea-lab-421.github.io", r"(sub\d+_\d+)", 1856, crop=True, digits=4, face=0.2,
                    sheets=("training_full_with_AU", "coding")),  # the challenge's training part
 }
 # The sheet's word, without "estimated" and "frame": ours.
 COLUMNS = {"subject": "subject", "filename": "clip", "onset": "onset", "apex": "apex", "emotion": "emotion"}
-TABLES = {"folds.csv": ["session", "subject", "clip", "onset", "key", "slcv", "ilcv"],  # the columns of both files
+TABLES = {"folds.csv": list(protocols.FOLDS),  # the columns of both files
           "report.csv": ["session", "subject", "clip", "onset", "apex", "emotion", "reason", "detail", "row"]}
 # fmt: on
 FARNEBACK = {"pyr_scale": 0.5, "levels": 3, "winsize": 15, "iterations": 3, "poly_n": 5, "poly_sigma": 1.2, "flags": 0}
 NO_LABEL, NO_CLIP = "emotion outside Table 1", "no subject or no file name"  # of entries that folds.csv does not have
-CHIN, BROW, NOSE_TIP, LOWER_LIP = 8, 19, 30, 57  # of the 68 landmarks, counted from 0
+# Of the 68 landmarks, counted from 0.
+CHIN, BROW, NOSE_TIP, LOWER_LIP, EYES, EYE_CORNERS, MOUTH = 8, 19, 30, 57, slice(36, 48), [36, 45], slice(48, 68)
 
 
 def main():
@@ -96,9 +98,11 @@ def main():
         import cv2
     except ImportError:
         sys.exit("error: prepare needs the package opencv-python-headless: pip install opencv-python-headless")
-    coding = hashlib.sha256(data.flow_to_image(np.random.RandomState(0).randn(1, 16, 16, 2))).hexdigest()  # by a sample
-    settings = dict(size=args.size, flow=args.flow, coding=coding, farneback=FARNEBACK, sessions={})
-    settings["versions"] = [{"opencv": cv2.__version__, "numpy": np.__version__, "pillow": PIL.__version__}]
+    coding = hashlib.sha256(data.flow_to_image(np.random.RandomState(0).randn(1, 16, 16, 2))).hexdigest()[
+        :12
+    ]  # of a sample
+    settings = dict(size=args.size, flow=args.flow, coding=coding, opencv=cv2.__version__, farneback=FARNEBACK)
+    settings |= {"sessions": {}, "versions": [{"numpy": np.__version__, "pillow": PIL.__version__}]}
     entries = [entry for session in args.sessions for entry in survey(session, args, settings["sessions"])]
     settle(args.out, settings)
     write_folds(args.out, args.sessions, entries)  # before the images: an incomplete folder has its folds, too
@@ -217,12 +221,15 @@ def explore(session, root, enter_clips=False):
 
 def find_landmarks(session, place):
     """{clip_key: path} of the landmark files below `place`."""
-    landmarks = {}
+    landmarks, contents = {}, {}
     for path in explore(session, place, enter_clips=True)[1]:
         if path.lower().endswith(".npy") and (key := clip_key(session, path[:-4])):
             if key in landmarks:
                 sys.exit(f"error: two landmark files for one clip, keep one: {landmarks[key]}, {path}")
             landmarks[key] = path
+            twin = contents.setdefault(Path(path).read_bytes(), path)
+            if twin != path:  # no two of the released ones are equal
+                sys.exit(f"error: two clips with the same landmarks, one is of another face: {twin}, {path}")
     return landmarks or sys.exit(f"error: {place}: no landmark files, {found_in(place)}; see --help for their names")
 
 
@@ -265,13 +272,15 @@ def read_tables(path):
     """The tables in a file, lists of lines of cells: a workbook's worksheets, or a .csv read by each delimiter."""
     try:
         if path.lower().endswith(".csv"):
-            lines = Path(path).read_text("utf-8-sig", errors="replace").splitlines(keepends=True)
+            lines = Path(path).read_text("utf-8-sig").splitlines(keepends=True)
             return [list(csv.reader(lines, delimiter=delimiter)) for delimiter in ",;\t"]
         import openpyxl
 
         warnings.filterwarnings("ignore", module="openpyxl")  # about features of Excel that it does not know
         book = openpyxl.load_workbook(path, data_only=True)
         return [list(table.iter_rows(values_only=True)) for table in book.worksheets]
+    except UnicodeDecodeError:
+        sys.exit(f"error: {path}: not in UTF-8; save it as .xlsx, or as CSV in UTF-8")
     except Exception as error:  # openpyxl lets through whatever its parsers raise
         sys.exit(f"error: {path}: not readable ({' '.join(str(error).split())}); an .xlsx needs pip install openpyxl")
 
@@ -333,25 +342,29 @@ def make_image(entry, out, size, keep_flow):
         return "", ""
     if folder is None:
         return "no clip folder", ""
-    for name in sorted(os.listdir(folder)):
+    names = sorted(name for name in os.listdir(folder) if name[0] != ".")
+    for name in names:
         numbers = re.findall(r"\d+", os.path.splitext(name)[0])  # the last one is the frame's, whatever its padding
-        if numbers and name[0] != "." and name.lower().endswith(data.IMAGE_TYPES):
+        if numbers and name.lower().endswith(data.IMAGE_TYPES):
             files.setdefault(int(numbers[-1]), []).append(os.path.join(folder, name))
     for name in ("onset", "apex"):
         found = files.get(entry[name], [])
         if len(found) != 1:
-            return f"{name} frame {'found twice' if found else 'missing'}", f"frame {entry[name]} in {folder}"
+            types = " ".join(sorted({os.path.splitext(name)[1] for name in names}))
+            there = f"numbers {min(files)} to {max(files)}" if files else "no frame"
+            detail = f"frame {entry[name]}; {folder} has {len(names)} files ({types}), {there}"
+            return f"{name} frame {'found twice' if found else 'missing'}", detail
         try:
-            frames.append(Image.open(found[0]).convert("L"))
-        except Exception:  # a damaged file can raise almost anything
-            return f"{name} frame cannot be decoded", found[0]
+            frames.append(read_frame(found[0]))
+        except Exception as error:  # a damaged file can raise almost anything
+            return f"{name} frame cannot be decoded", f"{found[0]} ({error})"
     if frames[0].size != frames[1].size:
         return "onset and apex frame differ in size", folder
     if entry["crop"] and not entry["landmarks"]:
         return "no landmarks", ""
     if entry["crop"]:
         try:
-            box = crop_box(np.load(entry["landmarks"]), *frames[0].size)
+            box = crop_box(np.load(entry["landmarks"]), *frames[0].size, SOURCES[entry["session"]].face)
         except Exception as error:  # and so can this one
             return "landmarks cannot be used", " ".join(str(error).split())
         frames = [frame.crop(box) for frame in frames]
@@ -368,6 +381,14 @@ def make_image(entry, out, size, keep_flow):
     return "", ""
 
 
+def read_frame(path):
+    """A frame as a grey image. A ValueError if it has more than 8 bits, as a depth map has."""
+    image = Image.open(path)
+    if image.mode[0] in "IF":  # .convert would clip nearly all of it to white
+        raise ValueError("more than 8 bits per channel")
+    return image.convert("L")
+
+
 def optical_flow(onset, apex):
     """The flow between two grey images (H, W) uint8: (H, W, 2) float32 in pixels, x to the right and y down."""
     import cv2
@@ -375,20 +396,33 @@ def optical_flow(onset, apex):
     return cv2.calcOpticalFlowFarneback(np.asarray(onset), np.asarray(apex), None, **FARNEBACK)
 
 
-def crop_box(points, width, height):
+def crop_box(points, width, height, least=0.2):
     """The face in a frame of width x height pixels: [left, top, right, bottom], cut off at the frame's edges.
 
     points: 68 landmarks (68, 2) as (x, y) in pixels. The box is a square around the tip of the nose. Its side is the
     released benchmark's: the height from brow to chin plus that from lower lip to chin. (The benchmark reads the centre
-    as (y, x), which moves the crop off the face.) ValueError if the points cannot belong to the frame.
+    as (y, x), which moves the crop off the face; for dfme it has another rule.) A ValueError says why the points cannot
+    be a face in this frame; least: the box's side, in heights of the frame.
     """
-    # A chin may lie a little below the frame; points measured in other frames lie far outside.
-    if points.shape != (68, 2) or not (abs(points / (width, height) - 0.5) <= 0.6).all():
-        raise ValueError(f"points {points.shape}, needed are (68, 2), inside of the frame of {width} x {height} pixels")
+    if points.shape != (68, 2) or not np.isfinite(points).all():
+        raise ValueError(f"{points.shape} numbers, needed are (68, 2), all finite")
+    left, top, right, bottom = *points.min(0), *points.max(0)
+    there = f"x {left:.4g} to {right:.4g}, y {top:.4g} to {bottom:.4g} in a frame of {width} x {height} pixels"
+    eyes, mouth = points[EYES].mean(0), points[MOUTH].mean(0)
+    across, down = abs(np.diff(points[EYE_CORNERS], axis=0)[0])
+    if max(right, bottom) <= 2:
+        raise ValueError(f"fractions of the frame, needed are pixels: {there}")
+    if across < down:
+        raise ValueError(f"(y, x), or a face that lies: the eyes are one above the other: {there}")
+    if mouth[1] <= eyes[1]:
+        raise ValueError(f"upside down: the mouth is above the eyes: {there}")
+    # A chin may lie a little below the frame; points measured in other frames lie far outside, or take up less of it.
+    if not (abs(points / (width, height) - 0.5) <= 0.6).all():
+        raise ValueError(f"outside of the frame, so measured in others: {there}")
     x, y = points[NOSE_TIP]
     half = (2 * points[CHIN, 1] - points[BROW, 1] - points[LOWER_LIP, 1]) / 2
-    if half < 1:
-        raise ValueError("the chin is not below the brow and the lip")
+    if 2 * half < least * height:
+        raise ValueError(f"too small a face, {2 * half / height:.0%} of the height, so measured in others: {there}")
     return np.floor((x - half, y - half, x + half, y + half)).clip(0, (width, height) * 2).astype(int).tolist()
 
 
@@ -440,8 +474,8 @@ def settle(out, settings):
         for part, now in ({"": settings} | settings["sessions"]).items():
             before = parts.get(part, now)
             for name in now:
-                if name not in ("sessions", "versions", "sheet") and before[name] != now[name]:
-                    change = f"{part} {name} {before[name]}, this is {now[name]}".strip()
+                if name not in ("sessions", "versions", "sheet") and before.get(name) != now[name]:
+                    change = f"{part} {name} {before.get(name)}, this is {now[name]}".strip()
                     sys.exit(f"error: {out}: was made with {change}; use another --out")
         settings["sessions"] = old["sessions"] | settings["sessions"]
         settings["versions"] = old["versions"] + [v for v in settings["versions"] if v not in old["versions"]]
@@ -453,7 +487,7 @@ def read_table(out, name):
     path = os.path.join(out, name)
     if not os.path.exists(path):
         return []
-    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         if file.readline().strip() != ",".join(TABLES[name]):  # saved by a spreadsheet program
             sys.exit(f"error: {path}: not readable as what prepare writes; delete it and run again")
         return list(csv.DictReader(file, TABLES[name]))
@@ -467,7 +501,7 @@ def write_table(out, name, sessions, lines):
         writer = csv.DictWriter(text, TABLES[name], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(line for session in data.DATASETS for line in lines if line["session"] == session)
-        protocols.write(os.path.join(out, name), text.getvalue().encode())
+        protocols.write(os.path.join(out, name), os.fsencode(text.getvalue()))  # of names that are not UTF-8, too
 
 
 def report(out, sessions, entries):
@@ -484,10 +518,15 @@ def report(out, sessions, entries):
             counts[word] = [sheet[word], sheet[word] if word in known else 0, usable[word]]
         counts["all"] = [sum(column) for column in zip(*counts.values())] + [SOURCES[session].usable]
         for word, numbers in counts.items():
-            print(f"{session:8s} {word:12s}" + "".join(f" {number:7d}" for number in numbers))
+            altered = word in known and known[word] != sheet[word]
+            remark = f"   the official sheet has {known[word]}" if altered else ""
+            print(f"{session:8s} {word:12s}" + "".join(f" {number:7d}" for number in numbers) + remark)
     for (session, reason), count in sorted(Counter((entry["session"], entry["reason"]) for entry in dropped).items()):
         print(f"left out: {count:5d} entries of {session}: {reason}")
     print(f"{os.path.join(out, 'report.csv')}: the {len(dropped)} entries that were left out, each with its reason")
+    none = [session for session in sessions if all(entry["reason"] for entry in entries if entry["session"] == session)]
+    if none:
+        sys.exit(f"error: {', '.join(none)}: not one usable image; report.csv says why")
 
 
 if __name__ == "__main__":

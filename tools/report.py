@@ -19,6 +19,7 @@ import csv
 import io
 import json
 import os
+import re
 import sys
 
 import numpy as np
@@ -36,17 +37,16 @@ MARKS, GREYS, DASHES = "os^Dv<>Pp*h", ("0.2", "0.4", "0.5", "0.3"), ("--", ":", 
 
 
 # ---- runs on disk ----------------------------------------------------------------------------------------------------
-def read_run(folder):
-    """The run of a folder, without fold files that read_fold refuses; None if its run.json is not that of a run."""
+def read_run(folder, about):
+    """The run of a folder and of its run.json, without fold files that read_fold refuses; None if it is no run's."""
     try:
-        with open(os.path.join(folder, "run.json"), encoding="utf-8") as file:
-            info = json.load(file)
-        run = info["arguments"] | info
+        info = about["info"]
+        run = info["arguments"] | info | {"made": about["made"], "prepared": about["prepared"]}
         found = {fold: protocols.read_fold(folder, info, fold) for fold in range(info["fold_count"])}
-    except (ValueError, TypeError, KeyError):  # no JSON, or something else in it, such as a run of an older version
+    except (TypeError, KeyError):  # something else, such as a run of an older version
         return None
     random = run["changed"].get("weights") == "none"  # random weights differ from seed to seed, too
-    other = ["arguments", "seed", *["weights"] * random]
+    other = ["arguments", "seed", "made", *["weights"] * random]
     run["alike"] = {word: value for word, value in run.items() if word not in other}
     run["name"] = " ".join([run["method"], *(f"{name}={value}" for name, value in run["changed"].items())])
     run["control"] = os.path.join("controls", f"{run['method']}.py") in run["code"]
@@ -55,22 +55,37 @@ def read_run(folder):
 
 
 def find_runs(root):
-    """Of every name below a folder the newest run with a finished fold: {title: [run, ...]}, sorted."""
+    """Of every name below a folder the newest run with a finished fold: {title: [run, ...]}, sorted.
+
+    The newest is the one whose run.json says so. A note names all runs that are passed by.
+    """
     if not os.path.isdir(root):
         sys.exit(f"error: {root!r}: no such folder; it is what --out was, results by default")
-    times, newest, passed, groups = {}, {}, [], {}
-    for folder, _, files in os.walk(root):
-        if "run.json" in files:
-            paths = [os.path.join(folder, file) for file in files if file.endswith((".json", ".npz"))]
-            times[folder] = max(map(os.path.getmtime, paths))
-    for folder in sorted(times, key=times.get, reverse=True):
+    infos, newest, passed, groups = {}, {}, [], {}
+    for folder, children, files in os.walk(root, onerror=lambda error: print(f"note: {error}", file=sys.stderr)):
+        paths = [os.path.join(folder, child) for child in children]
+        passed += [f"{path} (behind a link)" for path in paths if os.path.islink(path)]
+        folds = [file for file in files if re.fullmatch(r"fold\d+\.npz", file)]
+        try:
+            with open(os.path.join(folder, "run.json"), encoding="utf-8") as file:
+                about = json.load(file)
+            infos[folder] = (about["made"], len(folds), about)
+        except FileNotFoundError:
+            passed += [f"{folder} (no run.json)"] if folds else []
+        except OSError:
+            passed.append(f"{folder} (unreadable)")
+        except (ValueError, TypeError, KeyError):  # no JSON, or something else in it
+            passed.append(f"{folder} (made by another version)")
+    for folder in sorted(infos, key=lambda folder: infos[folder][0], reverse=True):
+        _, count, about = infos[folder]
         name = os.path.dirname(os.path.abspath(folder))
-        run = None if name in newest else read_run(folder)
+        run = None if name in newest else read_run(folder, about)
         if run and run["trials"][0]:
             newest[name] = run
+        elif name in newest:
+            passed.append(f"{folder} (older; it has {count} folds, the newer {len(newest[name]['trials'][0])})")
         else:
-            why = "older" if name in newest else "no finished fold" if run else "made by another version"
-            passed.append(f"{folder} ({why})")
+            passed.append(f"{folder} ({'no finished fold' if run else 'made by another version'})")
     if passed:
         print(f"note: passed by: {', '.join(sorted(passed))}", file=sys.stderr)
     if not newest:
@@ -88,7 +103,34 @@ def title_of(run):
     tests = "" if run["tests"] == run["folds"] else f", tests {run['tests']}"
     return (f"{run['protocol'].upper()}, {source}, {', '.join(counts)}, {run['preset']} preset,"
             f" {sum(count['samples'] for count in counts.values()):,}{of} samples,"
-            f" images {run['images']}, folds {run['folds']}{tests}")  # fmt: skip
+            f" images {run['images']}{preparation(run)}, folds {run['folds']}{tests}")  # fmt: skip
+
+
+def preparation(run):
+    """How a run's images were made, as their prepare.json says, in brackets; nothing where none told."""
+    about = run["prepared"] or {}
+    words = [f"{word} {about[word]}" for word in ("source", "opencv", "coding", "crop") if word in about]
+    known = about.get("sessions", {})
+    words += [f"{name} {known[name]['frames']} frames {known[name]['crop']}" for name in run["counts"] if name in known]
+    return f" ({'; '.join(words)})" if words else ""
+
+
+def made_otherwise(lines):
+    """Of lines that stand together: {name: what was not as in the newest of them: code, versions, processor, ...}."""
+
+    def making(line):
+        folds = [saved for trial in line["trials"] for saved in trial.values()]
+        words = ("threads", "processor", "device")
+        making = {word: "; ".join(sorted({str(saved[word]) for saved in folds})) for word in words}
+        return line["code"] | line["versions"] | making  # a script that the newest does not have is not compared
+
+    newest, found = making(max(lines, key=lambda line: line["made"])), {}
+    for line in lines:
+        own = making(line)
+        words = [word for word in own if own[word] != newest.get(word, own[word])]
+        if words:
+            found[f"{line['backbone']} {line['label']}"] = ", ".join(words)
+    return found
 
 
 def join_seeds(runs, how=None, each_seed=False):
@@ -104,6 +146,7 @@ def join_seeds(runs, how=None, each_seed=False):
         shared = set.intersection(*(set(run["trials"][0]) for run in group.values()))
         for part in [[*group.values()]] if shared else [[run] for run in group.values()]:
             line = part[0] | {word: [run[word][0] for run in part] for word in ("folders", "seeds", "trials")}
+            line["made"] = max(run["made"] for run in part)
             line["fold"] = next(iter(line["trials"][0].values()))  # the arrays of any fold
             line["ways"] = line["merges"][:1]  # the merges that mean something, its own first
             if len(line["fold"]["row_emotion"]) > len(line["fold"]["emotions"]):  # else there is nothing to merge
@@ -131,21 +174,24 @@ def published():
 
 
 def paper(line):
-    """The paper's numbers for `columns`, if the line is comparable, else []. Weight files are believed.
+    """The paper's numbers for `columns`, if the line is comparable, else [].
 
-    Comparable: on (nearly) all usable samples of its sessions, all folds of five or all subjects, its settings.
+    Comparable: its settings and checkpoints, on (nearly) all usable samples of its sessions, cropped as there where
+    that is known, all folds of five or all subjects.
     """
-    loso, counts = line["protocol"] == "loso", line["counts"]
-    unchanged = all(name == "weights" and value != "none" for name, value in line["changed"].items())
+    loso, counts, known = line["protocol"] == "loso", line["counts"], (line["prepared"] or {}).get("sessions", {})
     usual = list(counts) == (["casme2"] if loso else data.STREAM) and (loso or line["fold_count"] == 5)
     whole = len(line["trials"][0]) == line["fold_count"] and not line["synthetic"] and line["preset"] == "paper"
-    if not (unchanged and usual and whole):
+    if line["changed"] or not (usual and whole):
         return []
-    if any(count["samples"] < 0.95 * prepare.SOURCES[name].usable for name, count in counts.items()):
-        return []
-    for known in published():
-        if all(known[word] == line[word] for word in ("protocol", "backbone", "method")):
-            return [float(known[column]) for column in columns(line)]
+    for name, count in counts.items():
+        source = prepare.SOURCES[name]
+        cropped = known[name]["crop"] == "landmarks" if name in known else source.crop
+        if count["samples"] < 0.95 * source.usable or cropped != source.crop:
+            return []
+    for theirs in published():
+        if all(theirs[word] == line[word] for word in ("protocol", "backbone", "method")):
+            return [float(theirs[column]) for column in columns(line)]
     return []
 
 
@@ -308,10 +354,12 @@ def tables(groups, how):
         head = ["backbone", "method", *columns(fullest), f"{columns(fullest)[i]}, 95 %"]
         head += [f"{columns(fullest)[i]} of the seeds"] * several + ["last by prob"] * (not loso and not how)
         table = [["-", "always the commonest emotion", *cells(numbers(fullest, "majority")[shown])]]
-        notes, alike = [], {}
+        notes, alike, others = [], {}, made_otherwise(lines)
         for line in lines:
             found = numbers(line, line["merge"])
-            own = [line["backbone"], line["label"], *cells(found[shown], found.get("std", ()))]
+            name = f"{line['backbone']} {line['label']}"
+            own = [line["backbone"], line["label"] + " †" * (name in others)]
+            own += cells(found[shown], found.get("std", ()))
             own.append(span(found, f"95 % low{measure}", f"95 % high{measure}", i))
             if several:
                 spread = f" (± {found['std over seeds'][i]:.1f})" if "std over seeds" in found else ""
@@ -322,14 +370,14 @@ def tables(groups, how):
             if line["paper"]:
                 words = f"{line['name']}, the paper, on its own preparation"
                 table.append([line["backbone"], words, *cells(line["paper"])])
-            name = f"{line['backbone']} {line['label']}"
-            for word in ("threads", "processor"):
+            for word in ("threads", "processor", "device"):
                 if len({str(saved[word]) for folds in line["trials"] for saved in folds.values()}) > 1:
                     notes.append(f"\nmixed: the folds of {name} differ in {word}")
             one, other = line["alike"], alike.setdefault((line["backbone"], line["name"]), line["alike"])
             differ = [word for word in one | other if one.get(word) != other.get(word)]
             if differ:
                 notes.append(f"\nnot one line: the runs of {name} differ in {' and '.join(differ)}")
+        notes += [f"\n† not made as the newest line here: {name} ({what})" for name, what in others.items()]
         text += [f"\n**{title}**", "", grid(head, table), *notes]
     return "\n".join(text)
 
@@ -366,7 +414,7 @@ def compare(groups, words, how):
     groups are find_runs's. What has no backbone, such as pixels, is compared on every backbone of the other. Ends with
     one line where a word means no run, or several lines of a table, or where images, folds or finished folds differ.
     """
-    text, alone, everything = [], [], sum(groups.values(), [])
+    text, alone, everything, others = [], [], sum(groups.values(), []), {}
     for word in words:
         if not any(is_meant(run, word) for run in everything):
             known = ", ".join(sorted({run["name"] for run in everything}))
@@ -382,6 +430,7 @@ def compare(groups, words, how):
                 alone += [f"{word} in {place}" for word, own in zip(words, pair) if own]
                 continue
             (a,), (b,) = pair
+            others |= made_otherwise([a, b])
             done = [" ".join(map(str, line["trials"][0])) for line in (a, b)]
             if done[0] != done[1]:
                 sys.exit(f"error: --compare: {words[0]} has folds {done[0]}, {words[1]} {done[1]}, in {place}")
@@ -396,6 +445,8 @@ def compare(groups, words, how):
             text += [f"**{title}**", grid(["backbone", "difference", *shown], table)]
     if not text:
         sys.exit(f"error: --compare: no table has both, but {'; '.join(alone)}")
+    for name, what in others.items():
+        text.append(f"not made as the other: {name} ({what})")
     for place in alone:
         print(f"note: nothing to compare with {place}", file=sys.stderr)
     about = (

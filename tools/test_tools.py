@@ -65,7 +65,8 @@ DECOYS = {"mmew": [MACRO], "casme3": [CLIPS + "depth/spNo.{s}_{c}_{o}/{n}.png", 
 LABEL, NUMBER, NAME = "emotion outside Table 1", "onset or apex is not a number", "no subject or no file name"
 TWICE, ORDER, FOLDER, CUT = "same clip as another entry", "apex before onset", "no clip folder", "onset frame missing"
 DAMAGES = ("apex frame missing", "onset frame cannot be decoded", "apex frame cannot be decoded",
-           "onset frame found twice", "onset and apex frame are the same", "onset and apex frame differ in size")
+           "onset frame found twice", "onset and apex frame are the same", "onset and apex frame differ in size",
+           "apex frame cannot be decoded")
 ENTRIES = {  # subject, clip, onset, apex, label, image or reason; frames, if not as above, None if there are none
     "casme2": [
         ("01", "EP02_01f", 46, 59, "happiness", "happiness/sub01"), ("24", "EP1", 1, 2, "sadness", LABEL),
@@ -100,11 +101,15 @@ ENTRIES = {  # subject, clip, onset, apex, label, image or reason; frames, if no
         ("sub0003", "sub0003_02", 0, 5, "sadness", "sad/sub0003", "train_data/{c}/{n:05d}.PNG"),
         ("sub0650", "sub0650_11", 3, 5, "contempt", "contempt/sub0650", "USTC_partB/micro/fear/{c}/{n:05d}.png"),
         *[(f"sub{s}", f"sub{s}_01", 3, 5, "anger", FOLDER, None) for s in (1000, 1001, 1002)]]}
-OUTSIDE = "needed are (68, 2), inside of the frame of 200 x 160 pixels"
-BAD_MARKS = {  # clip: what its landmark file holds instead, None being no file; a part of its reason and detail
-    "006_1_2": (None, "no landmarks"), "013_1_8": (np.ones((98, 2)), f"cannot be used: points (98, 2), {OUTSIDE}"),
-    "032_3_2": (np.full((68, 2), 180.0), OUTSIDE), "EP1": (np.full((68, 2), np.nan), OUTSIDE),
-    "EP01_2": (np.full((68, 2), 0.5), "the chin is not below"), "sub0003_02": (b"PK\x03\x04", "cannot be used: ")}
+BAD_MARKS = {  # clip: its landmark file's bytes, None being no file, or how the right points are changed; its reason
+    "006_1_2": (None, "no landmarks"), "sub0003_02": (b"PK\x03\x04", "landmarks cannot be used: "),
+    "013_1_8": (lambda p: np.ones((98, 2)), "cannot be used: (98, 2) numbers, needed are (68, 2), all finite"),
+    "EP1": (lambda p: p * np.nan, "needed are (68, 2), all finite"),
+    "EP01_2": (lambda p: p / (200, 160), "fractions of the frame, needed are pixels: x 0.4"),
+    "S13-04-001": (lambda p: p[:, ::-1], "(y, x), or a face that lies: the eyes are one above the other: x 62.5"),
+    "EP06_02_01": (lambda p: (300, 170) - p, "upside down: the mouth is above the eyes: x "),
+    "032_3_2": (lambda p: p * 1.6, "outside of the frame, so measured in others: x 131.2 to 188.8, y 100"),
+    "S30-06-001": (lambda p: p / 1.5, "too small a face, 38% of the height, so measured in others: x 54.67 to")}
 # fmt: on
 
 
@@ -170,7 +175,10 @@ def book(path, entries):
 def landmarks(x, y, side):
     """68 points (x, y) around the tip of the nose, for which the crop is a square of the given side."""
     points = np.full((68, 2), (x, y), float)
-    points[[8, 19, 57], 1] += np.array([28, -16, 8]) * side / 64  # chin, brow, lower lip: twice 28 + 16 - 8 are 64
+    points[36:42] += np.array([-0.2, -0.25]) * side  # eyes
+    points[42:48] += np.array([0.2, -0.25]) * side
+    points[48:68, 1] += 0.1 * side  # mouth
+    points[[8, 19, 57], 1] = y + np.array([28, -16, 8]) * side / 64  # chin, brow, lower lip: twice 28 + 16 - 8 are 64
     return points
 
 
@@ -186,9 +194,10 @@ def make_tree(raw, marks):
             continue
         for decoy in (f"__MACOSX/{right}", *DECOYS.get(session, [])):
             clip(f"{homes[session]}/{decoy}", number(onset), number(apex), angle + 180, **names)
-        content = BAD_MARKS.get(name, [landmarks(*NOSE[names["s"] % 2], SIDE)])[0]
+        content, own = BAD_MARKS.get(name, [lambda p: p])[0], landmarks(*NOSE[names["s"] % 2], SIDE)
+        own[0] += angle / 1e6  # no two clips have the same
         if content is not None:
-            save(f"{marks}/{session}/{points.format(**names)}", content)
+            save(f"{marks}/{session}/{points.format(**names)}", content(own) if callable(content) else content)
     for decoy in ("mmew/Macro_Expression/happiness/S03-01-002.npy", "casme3/part_C/spNO.1/a/color/color.npy"):
         save(f"{marks}/{decoy}", landmarks(60, 80, 60))
     for session, sheet in SHEETS.items():
@@ -199,6 +208,8 @@ def make_tree(raw, marks):
     os.truncate(f"{place}2/img9.jpg", 1500)
     for name, content in {"1/img4": b"", "3/img004": TEXTURE, "4/img9": TEXTURE, "5/img9": TEXTURE[:90]}.items():
         save(f"{place}{name}.jpg", content)
+    os.remove(f"{place}6/img9.jpg")
+    Image.fromarray(257 * np.arange(256, dtype=np.uint16).reshape(16, 16)).save(f"{place}6/img9.png")
 
 
 def here(*words, main=prepare.main):
@@ -259,19 +270,22 @@ def test_every_usable_entry_gives_an_image_of_its_own_frames_and_every_other_a_r
     assert table(out, "report.csv", "session", "subject", "clip", "reason") == DROPPED
     details = table(out, "report.csv", "row", "clip", "detail")
     assert ("9", "d", "") in details and ("12", "EP02_01f", "line 2 of the sheet is used") in details
-    assert re.fullmatch("frame 43 in .*SAMM/028/028_4_1", dict(line[1:] for line in details)["028_4_1"])
+    detail = dict(line[1:] for line in details)
+    found = r"frame 43; .*SAMM/028/028_4_1 has 5 files \(.jpg .part\), numbers 9 to 44"
+    assert re.fullmatch(found, detail["028_4_1"]) and "more than 8 bits" in detail["EP05_6"]
     assert "left out:     1 entries of samm: apex frame missing\n" in screen
     assert re.findall("warning: (.*): its raw frames stay whole", screen) == ["casme2", "samm", "dfme"]
     assert {  # entries of the sheet, of Table 1, usable, expected; words as they are after normalising
-        "casme2 others 11 11 2", "casme2 (blank) 1 0 0", "casme2 sad 1 0 0", "casme2 all 20 18 6 244",
-        "samm all 5 5 4 134", "mmew all 5 5 4 292", "casme3 all 13 13 8 801", "dfme all 6 6 3 1856",
+        "casme2 others 12 12 2 the official sheet has 99", "casme2 (blank) 1 0 0", "casme2 sad 1 0 0",
+        "casme2 all 21 19 6 244", "samm all 5 5 4 134", "mmew all 5 5 4 292", "casme3 all 13 13 8 803",
+        "dfme all 6 6 3 1856",
     } <= {" ".join(line.split()) for line in screen.splitlines()}  # fmt: skip
 
 
 def test_folds_belong_to_the_sheet(prepared):
     """To all entries with a subject, a clip and an emotion of Table 1, with an image or not, ordered as numbers."""
     everything = table(prepared[0] / "out", "folds.csv")
-    assert {line["key"] for line in everything} == {"", *EXPECTED} and len(everything) == 16 + 5 + 5 + 13 + 6
+    assert {line["key"] for line in everything} == {"", *EXPECTED} and len(everything) == 17 + 5 + 5 + 13 + 6
     lines = [line for line in everything if line["session"] == "casme3"]
     words = ["{subject} {clip} {onset} {slcv}".format(**line) + "*" * bool(line["key"]) for line in lines]
     assert words == ["1 a 355 0*", "1 a 355 0", "1 a 400 0*", "1 b 900 0", "4 e 1 1*", "7 k 31 2*", "8 k 3 3*",
@@ -287,16 +301,17 @@ def test_second_run_makes_only_what_is_missing_and_with_other_settings_nothing(p
     before, kept, tables = images(out), settings.read_text(), [table(out, "report.csv"), table(out, "folds.csv")]
     os.renames(samm / "SAMM_Micro_FACS_Codes_v2.xlsx", samm / "a" / "SAMM_Micro_FACS_Codes_v2.xlsx")
     os.renames(samm / "SAMM" / "011", root / "011")  # its image is there
-    assert f"{len(EXPECTED)} images are there already, 14 to make" in here(*words, "samm")  # named twice
+    assert f"{len(EXPECTED)} images are there already, 15 to make" in here(*words, "samm")  # named twice
     os.renames(root / "011", samm / "SAMM" / "011")
     assert images(out) == before and [table(out, "report.csv"), table(out, "folds.csv")] == tables
     assert f"casme3: 13 entries in {SHEETS['casme3'].partition('/')[2]}, " in screen
     for old, new, part in (("64", "32", "size 32, this is 64"), ('e": 15', 'e": 21', "farneback"),
                            ("whole frame", "landmarks", "casme2 crop landmarks"),
-                           ('"raw"', '"cropped"', "frames"), ('sha256": "', 'sha256": "0', "sheet_sha")):  # fmt: skip
+                           ('"raw"', '"cropped"', "frames"), (cv2.__version__, "4.0", "opencv 4.0, this"),
+                           ('sha256": "', 'sha256": "0', "sheet_sha")):  # fmt: skip
         settings.write_text(kept.replace(old, new))
         refused([*words, "--sessions", "casme2"], out, part, "another --out")
-    settings.write_text(kept.replace(cv2.__version__, "0"))
+    settings.write_text(kept.replace(np.__version__, "0"))
     for name, content in (("report.csv", "session,subject".encode("utf-16")), ("folds.csv", b"session;subject\n")):
         (out / name).write_bytes(content)  # saved by another program
         (out / key).unlink(missing_ok=True)
@@ -306,7 +321,7 @@ def test_second_run_makes_only_what_is_missing_and_with_other_settings_nothing(p
     here(*words)
     assert images(out).keys() == before.keys() and [table(out, "report.csv"), table(out, "folds.csv")] == tables
     record = json.loads(settings.read_text())
-    assert [versions["opencv"] for versions in record["versions"]] == ["0", cv2.__version__]
+    assert [versions["numpy"] for versions in record["versions"]] == ["0", np.__version__]
     assert list(record["sessions"]) == list(HEADERS) and record["sessions"]["samm"]["sheet"].startswith("a" + os.sep)
 
 
@@ -337,6 +352,9 @@ def test_landmarks_crop_both_frames_at_the_nose(prepared):
     save(f"{root}/marks/mmew/S03-01-002.npy", landmarks(120, 60, 60))
     refused([*words, *crop, "--out", f"{root}/new"], "two landmark files", "/mmew/S03-01-002.npy",
             "/mmew/happiness/S03-01-002/S03-01-002.npy")  # fmt: skip
+    os.remove(f"{root}/marks/mmew/S03-01-002.npy")
+    shutil.copy(f"{root}/marks/samm/013/013_1_8.npy", f"{root}/marks/samm/037_1_1.npy")
+    refused([*words, *crop, "--out", f"{root}/new"], "another face", "/samm/013/013_1_8.npy", "/samm/037_1_1.npy")
     # Sessions that the benchmark takes whole stay whole, though there are landmarks.
     shutil.rmtree(f"{root}/marks/dfme")
     screen = here(*words, "--out", f"{root}/whole", "--whole", "samm", "--sessions", *list(HEADERS)[1:])
@@ -387,6 +405,28 @@ def test_view_writes_down_the_folds_that_a_folder_has_had(prepared, tmp_path):
             assert {lines[key][protocol] for key in before[name].keys[test]} == {str(fold)}
 
 
+def test_view_compares_the_folds_of_two_folders(prepared, tmp_path):
+    """One line has another fold, one another image, one is gone: the last two move no sample."""
+    out, screen = prepared[0] / "out", lambda *words: here("folds", "--data", *words, main=view.main)
+    other = shutil.copytree(out, tmp_path / "other")
+    assert screen(out, "--against", other) == "46 and 46 lines; of 46 entries in both, 0 are in other folds\n"
+    first, *lines = (out / "folds.csv").read_text().splitlines(keepends=True)
+    changed = [line for line in lines if not line.startswith("samm,32")]
+    changed = [line.replace("casme2_disgust/sub01_EP03_02_onset131_apex161.png", "") for line in changed]
+    (other / "folds.csv").write_text(first + "".join(changed).replace("dfme,3,sub0003_01,46,dfme_happiness/"
+        "sub0003_sub0003_01_onset46_apex60.png,0", "dfme,3,sub0003_01,46,dfme_happiness/"
+        "sub0003_sub0003_01_onset46_apex60.png,4"))  # fmt: skip
+    gone, image, fold, total = screen(out, "--against", other).splitlines()[:4]
+    for line, start, end in ((gone, "casme2 1 ep03_02 131: slcv 0 ilcv ", " no image"),
+                             (image, "samm 32 032_3_2 26: slcv ", " | no line "),
+                             (fold, "dfme 3 sub0003_01 46: slcv 0 ilcv ", ".png")):  # fmt: skip
+        assert line.startswith(start) and line.endswith(end)
+    assert total == "46 and 45 lines; of 45 entries in both, 1 are in other folds"
+    (other / "folds.csv").unlink()
+    assert "has no folds.csv" in screen(out, "--against", other)
+    assert here("check", "--data", out, "--against", out, main=view.main) == "error: check takes no --against"
+
+
 # ---- prepare: annotation sheets --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("session, names, error", [  # without an error the first one is the right one
     ("casme2", "copy/CASME2-coding-20140508.xlsx|CASME2-coding-20140508.csv", ""),  # the .xlsx is the original
@@ -425,11 +465,83 @@ def test_sheets_as_csv_and_wrong_ones(tmp_path):
     for name, content, error in (
         ("sheet.csv", b"", "has no cell Subject"), ("sheet.csv", b"a;b\n1;2", "has no cell Subject; needed: Subject, "),
         ("sheet.csv", b"Subject;Filename;Emotion\n1;2;3", "has only the columns Subject, Filename, Emotion;.*casme/e2"),
+        ("sheet.csv", "Subject,Filename,Onset,Apex,Emotion\n1,副本,1,2,fear".encode("gbk"), "not in UTF-8; save"),
+        ("sheet.csv", "Subject,Filename,Onset,Apex,Emotion\n1,a,1,2,fear".encode("utf-16"), "not in UTF-8; save"),
         ("sheet.xlsx", b"<html>Sign in</html>", "not readable .*zip"),
     ):  # fmt: skip
         save(f"{tmp_path}/{name}", content)
         with pytest.raises(SystemExit, match=f"^error: {tmp_path}/{name}: {error}"):
             prepare.read_sheet("casme2", f"{tmp_path}/{name}")
+
+
+def test_an_emotion_whose_number_is_not_the_official_one_is_marked(tmp_path, capsys):
+    """One contempt has become happiness, as in a circulating copy of SAMM's sheet: the sum is right."""
+    counts = data.DATASETS["samm"] | {"contempt": 11, "happiness": 27}
+    entries = [dict(session="samm", emotion=word, reason="") for word, count in counts.items() for _ in range(count)]
+    prepare.report(tmp_path, ["samm"], entries)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[1:3] + line[-1:] for line in lines if "official" in line] == [
+        ["contempt", "11", "12"],
+        ["happiness", "27", "26"],
+    ]
+    assert ["samm", "all", "136", "136", "136", "134"] in lines
+
+
+def test_frames_that_have_not_the_numbers_of_the_sheet(tmp_path):
+    raw, out = f"{tmp_path}/raw/casme2", tmp_path / "out"
+    book(f"{raw}/CASME2-coding-20140508.xlsx", ALL[:1])
+    clip(f"{raw}/sub01/EP02_01f/img{{n}}.jpg", 1, 14, 60)  # counted from 1
+    line = here("--raw", f"{tmp_path}/raw", "--out", out, "--sessions", "casme2")
+    assert line == "error: casme2: not one usable image; report.csv says why"
+    (reason,) = table(out, "report.csv", "reason", "detail")
+    assert reason[0] == "onset frame missing" and reason[1].endswith(" has 6 files (.jpg .part), numbers 1 to 15")
+    shutil.rmtree(f"{raw}/sub01/EP02_01f")
+    save(f"{raw}/sub01/EP02_01f/46.tiff", TEXTURE)
+    here("--raw", f"{tmp_path}/raw", "--out", out, "--sessions", "casme2")
+    assert table(out, "report.csv", "detail")[0][0].endswith("/EP02_01f has 1 files (.tiff), no frame")
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    """As an archive packed on a Chinese Windows unpacks on Linux, before a terminal that knows UTF-8 alone."""
+    word = os.fsdecode("原始数据".encode("gbk"))
+    entries = [("casme2", f"{s:02d}", f"EP0{k}", 4, 9, ("happiness", "others")[k]) for s in range(8) for k in (0, 1)]
+    book(f"{tmp_path}/raw/casme2/{word}/CASME2-coding-20140508.xlsx", entries)
+    for i, (_, s, c, o, a, e) in enumerate(entries):
+        if i:  # the first one's reason has the name
+            clip(f"{tmp_path}/raw/casme2/{word}/sub{s}/{c}/img{{n}}.jpg", o, a, 20 * i)
+        save(f"{tmp_path}/out/casme2_{e}/{s}_{c}_{word}.png", moved(20 * i))
+    os.makedirs(f"{tmp_path}/raw/casme2/{word}/sub00/EP00")
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+
+    def run(*words):
+        return subprocess.run([sys.executable, "-m", *words], cwd=HERE, env=environment, capture_output=True, text=True)
+
+    done = run("tools.prepare", "--raw", f"{tmp_path}/raw", "--out", f"{tmp_path}/new", "--sessions", "casme2")
+    assert (
+        done.returncode == 0 and r"\udcca\udcfd" in done.stdout and len(list((tmp_path / "new").glob("*/*.png"))) == 15
+    )
+    assert os.fsencode(word) in (tmp_path / "new/report.csv").read_bytes()
+    pixels = [
+        "controls.pixels",
+        "--data",
+        f"{tmp_path}/out",
+        "--preset",
+        "tiny",
+        "--protocol",
+        "slcv",
+        "--sessions",
+        "casme2",
+    ]
+    pixels += ["--out", f"{tmp_path}/results"]
+    first = run(*pixels)
+    assert first.returncode == 0 and "casme2 16 of 246, subjects 8 of 26" in first.stdout
+    assert run("tools.view", "folds", "--data", f"{tmp_path}/out").returncode == 0
+    assert "16 lines, 0 without an image" in run(*pixels).stdout
+    Path(tmp_path, "out/casme2_others", f"00_{word}.png").write_bytes(b"no image")
+    last = run("tools.view", "check", "--data", f"{tmp_path}/out")
+    assert last.returncode == 1 and re.fullmatch(
+        r"error: .*/00_\S+\\udcca\S+.png: not a readable image .*\n", last.stderr
+    )
 
 
 # ---- prepare: what users get wrong, and what machines do -------------------------------------------------------------
@@ -530,7 +642,8 @@ def read(arrays):
 
 
 def write_run(folder, files=HAND, **changes):
-    """A run's folder as protocols.Run writes it, without the folds that are None."""
+    """A run's folder as protocols.Run writes it, without the folds that are None; the later, the newer."""
+    about = {"made": changes.pop("made", f"{time.time_ns():022d}"), "prepared": changes.pop("prepared", None)}
     arguments = dict(method="der", backbone="vit", protocol="ilcv", preset="tiny", seed=0, changed={})
     arguments |= {name: changes.pop(name) for name in list(changes) if name in arguments}
     info = dict(arguments=arguments, merges=["sum", "prob"], synthetic=True, fold_count=2, images="i0", folds="f0",
@@ -538,11 +651,11 @@ def write_run(folder, files=HAND, **changes):
                 weights="vit.pt", code={"der.py": "0"}, versions={"torch": "2.14"}) | changes  # fmt: skip
     info.setdefault("tests", info["folds"])
     os.makedirs(folder)
-    (folder / "run.json").write_text(json.dumps(info))
+    (folder / "run.json").write_text(json.dumps(about | {"info": info}))
     for i, arrays in enumerate(files):
         if arrays:
-            about = dict(fold=i, identity=protocols._sha(info), threads=1, processor="AVX2", device="cpu")
-            np.savez(folder / f"fold{i}.npz", **about | read(arrays))
+            own = dict(fold=i, identity=protocols._sha(info), threads=1, processor="AVX2", device="cpu")
+            np.savez(folder / f"fold{i}.npz", **own | read(arrays))
 
 
 def as_line(*seeds):
@@ -695,7 +808,7 @@ def test_seeds_are_one_line(tmp_path, call):
     write_run(root / "4" / "1", seed=4, code={"der.py": "1"}, versions={"torch": "3"})
     text = call(report, root).out
     labels = ["der", "der, seed 1", "der, seed 2 (1 of 2 folds)", "der, seed 3 (1 of 2 folds)", "der, seed 4"]
-    assert [line[1] for line in lines_of(text) if line[0] == "vit"] == labels
+    assert [line[1].removesuffix(" †") for line in lines_of(text) if line[0] == "vit"] == labels
     assert text.count("not one line") == 1 and "vit der, seed 4 differ in code and versions" in text
 
 
@@ -752,12 +865,14 @@ def test_loso_is_pooled_and_the_paper_stands_beside_its_like(tmp_path, call):
     assert "more than one session" in call(report, tmp_path, "--plot", "a.png").err
     assert "| difference | accuracy |\n" in call(report, tmp_path, "--compare", "finetune", "finetune").out
 
-    least = dict(casme2=232, samm=128, mmew=278, casme3=761)  # 95 % of the usable
+    least = dict(casme2=232, samm=128, mmew=278, casme3=763)  # 95 % of the usable
     counts = lambda **change: {name: {"samples": count} for name, count in (least | change).items()}  # noqa: E731
-    good = real | dict(method="ranpac", backbone="vit", protocol="ilcv", changed={}, counts=counts(), fold_count=5)
+    good = real | dict(method="ranpac", backbone="vit", protocol="ilcv", changed={}, counts=counts(), fold_count=5,
+                       prepared={"sessions": {name: {"crop": "landmarks" if name in "casme2 samm" else "whole frame"}
+                                              for name in data.STREAM}})  # fmt: skip
     good["trials"] = [dict.fromkeys(range(5))]
     for change in (
-        dict(changed={"weights": "none"}), dict(changed={"lr": 1.0}), dict(synthetic=True), dict(preset="tiny"),
+        dict(changed={"weights": "vit.pt"}), dict(changed={"lr": 1.0}), dict(synthetic=True), dict(preset="tiny"),
         *(dict(fold_count=k, trials=[dict.fromkeys(range(done))]) for k, done in ((3, 3), (6, 6), (6, 5), (5, 4))),
         dict(method="linear"), dict(counts=counts(dfme=1856)),
         dict(counts=dict(reversed(counts().items()))), dict(counts=casme2),
@@ -765,9 +880,12 @@ def test_loso_is_pooled_and_the_paper_stands_beside_its_like(tmp_path, call):
         *(loso | dict(counts={name: {"samples": count}}) for name, count in {"casme2": 231, "samm": 134}.items()),
     ):  # fmt: skip
         assert not report.paper(good | change), change
-    assert "1,399 of 1,534 samples" in report.title_of(good | dict(images=0, folds=0, tests=0))
+    for name, known in good["prepared"]["sessions"].items():  # another crop than the benchmark's
+        crop = {"crop": "whole frame" if known["crop"] == "landmarks" else "landmarks"}
+        assert not report.paper(good | {"prepared": {"sessions": good["prepared"]["sessions"] | {name: crop}}}), name
+    assert "1,401 of 1,534 samples" in report.title_of(good | dict(images=0, folds=0, tests=0, prepared=None))
     assert report.paper(good | loso | {"counts": casme2}) == [76.6, 72.3, 71.9]
-    for change in ({}, {"changed": {"weights": "vit.safetensors"}}):
+    for change in ({}, {"prepared": None}):
         assert report.paper(good | change) == [53.23, 46.18, 50.50, 43.84, 48.44, 43.84]
     *table2, _, _, _ = report.published()
     assert [line["table"] for line in report.published()] == 28 * ["2"] + 3 * ["3"]
@@ -781,8 +899,8 @@ def test_plot(tmp_path, call, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(report, "paper", lambda line: [60, 70, 65, 70] if line["method"] == "A" else [])
     for name in "ABCDEFGHIJKL":
-        write_run(tmp_path / name / "1", method=name, code=[os.path.join("controls" * (name > "H"), f"{name}.py")])
-    write_run(tmp_path / "seed1" / "1", BETTER, method="H", code=["H.py"], seed=1)
+        write_run(tmp_path / name / "1", method=name, code={os.path.join("controls" * (name > "H"), f"{name}.py"): ""})
+    write_run(tmp_path / "seed1" / "1", BETTER, method="H", code={"H.py": ""}, seed=1)
     assert call(report, tmp_path, "--plot", tmp_path / "a.svg").err == ""
     svg, names = (tmp_path / "a.svg").read_text().split("<!-- vit -->")
     assert re.findall("<!-- (.*) -->", names)[:12] == ["H, 2 seeds", *"ABCDEFGIJKL"]
@@ -807,21 +925,51 @@ def test_which_runs_stand_where(tmp_path, call):
     text = call(report, tmp_path / "tables").out
     assert text.count("**ILCV, synthetic stream, casme2, samm, tiny preset, 369 of 382 samples, images i") == 3
     assert text.count("**") == 10 and "casme2, mine, tiny preset, 1,239 samples" in text and "| der, seed 1 |" in text
-    root, ages = tmp_path / "names", {"b/1": 30, "b/2": 10, "b/3": 20, "c/1": 0, "d/1": 0, "old": 0, "broken": 0}
+    root, ages = tmp_path / "names", {"b/1": 30, "b/2": 10, "b/3": 0, "c/1": 0, "d/1": 0, "old": 0, "broken": 0}
     for lr, (place, age) in enumerate(ages.items()):
-        write_run(root / place, [HAND[0], HAND[1] | {"threads": 2}] if place == "d/1" else HAND, changed={"lr": lr})
-        for file in os.listdir(root / place):
-            os.utime(root / place / file, (1e9 - age, 1e9 - age))
-    os.utime(root / "b/3/fold1.npz", (1e9, 1e9))  # of three runs with one name the last fold was made by the third
+        files = [HAND[0], HAND[1] | {"threads": 2}] if place == "d/1" else HAND[: 1 + (place != "b/3")]
+        write_run(root / place, files, changed={"lr": lr}, made=f"{1000 - age:04d}")
+        for file in os.listdir(root / place):  # the files' own times do not count
+            os.utime(root / place / file, (1e9 + age, 1e9 + age))
     (root / "c/1/fold0.npz").write_bytes((root / "b/1/fold0.npz").read_bytes())  # of another run
     (root / "c/1/fold1.npz").write_bytes(b"PK no archive")
     (root / "old/run.json").write_text('{"fold_count": 5, "method": "der"}')  # of an older version
     (root / "broken/run.json").write_text("{")
+    shutil.copytree(root / "d/1", root / "bare")
+    (root / "bare/run.json").unlink()
+    (root / "elsewhere").symlink_to(tmp_path / "tables")
+    shutil.copytree(root / "d/1", root / "shut")
+    (root / "shut/run.json").unlink()
+    (root / "shut/run.json").mkdir()  # to root, nothing that is a file is unreadable
     text, notes = call(report, root)
-    assert [line[1] for line in lines_of(text) if line[0] == "vit"] == ["der lr=2", "der lr=4"]
+    assert [line[1] for line in lines_of(text) if line[0] == "vit"] == ["der lr=2 (1 of 2 folds)", "der lr=4 †"]
     assert text.count("mixed") == 1 and "the folds of vit der lr=4 differ in threads" in text
-    words = ["b/1 (older)", "b/2 (older)", "c/1 (no finished fold)", "old (made by another", "broken (made by another"]
+    words = ["b/1 (older; it has 2 folds, the newer 1)", "b/2 (older; it has 2 folds, the newer 1)",
+             "bare (no run.json)", "c/1 (no finished fold)", "old (made by another", "broken (made by another",
+             "elsewhere (behind a link)", "shut (unreadable)"]  # fmt: skip
     assert all(word in notes.splitlines()[-1] for word in words) and notes.count(": not used (") == 2
+
+
+def test_what_was_made_otherwise_is_marked(tmp_path, call):
+    """What the newest line of a table does not share with another stands at that one, and under the table."""
+    about, code = (
+        {"opencv": "4.8", "coding": "ab12", "sessions": {"casme2": dict(frames="raw", crop="landmarks")}},
+        "c.py",
+    )
+    write_run(tmp_path / "0/1", prepared=about, code={"der.py": "0", code: "1"})
+    write_run(tmp_path / "1/1", prepared=about, method="foster", code={"foster.py": "0", code: "2"})
+    write_run(tmp_path / "2/1", BETTER, prepared=about, method="l2p", code={"l2p.py": "0", code: "2"})
+    write_run(tmp_path / "3/1", prepared=about | {"opencv": "5.0"}, images="i5")
+    hand = [fold | {"threads": 2, "device": "H100"} for fold in HAND]
+    write_run(tmp_path / "4/1", hand, prepared=about, method="ranpac", versions={"torch": "9"}, code={}, made="0")
+    text = call(report, tmp_path).out
+    assert "images i0 (opencv 4.8; coding ab12; casme2 raw frames landmarks), folds f0" in text
+    assert "images i5 (opencv 5.0; " in text  # other images: a table of its own
+    assert {line[1] for line in lines_of(text) if line[0] == "vit"} == {"der", "der †", "foster", "l2p", "ranpac †"}
+    assert re.findall("† not made as the newest line here: (.*)", text) == [
+        "vit der (c.py)", "vit ranpac (torch, threads, device)"]  # fmt: skip
+    assert "not made as the other: vit der (c.py)" in call(report, tmp_path, "--compare", "der", "l2p").out
+    assert "not made" not in call(report, tmp_path, "--compare", "foster", "l2p").out
 
 
 def test_export_show_check(tmp_path, monkeypatch):
@@ -1075,6 +1223,13 @@ def test_a_saved_model_answers_as_its_run_did(tmp_path, call, monkeypatch):
         assert first in session.emotions and second.split() == answers and len(set(answers)) > 1, done.stderr
     flow = prepare.optical_flow(*(Image.open(f"{name}.png") for name in ("onset", "apex")))
     assert 0.7 < flow[10:-10, 10:-10, 0].mean() < 1.3  # one pixel to the right
+
+
+@pytest.mark.parametrize("path", ["controls/pixels.py", "tools/report.py", "tools/prepare.py"])
+def test_a_file_that_is_run_by_its_path_says_how(path):
+    done = subprocess.run([sys.executable, path], cwd=HERE, capture_output=True, text=True)
+    name = path[:-3].replace("/", ".")
+    assert (done.returncode, done.stderr) == (1, f"error: from the project's folder, run it as: python -m {name}\n")
 
 
 def test_commands_in_docs_have_flags_that_exist(call):

@@ -4,6 +4,7 @@
     python -m tools.view show --data processed --out sheet.png     a few images of every session and emotion
     python -m tools.view check --data processed                    samples beside the official sheets' counts
     python -m tools.view folds --data processed                    write down the folds, for a folder without folds.csv
+    python -m tools.view folds --data processed --against theirs   in which lines the folds.csv of two folders differ
 
 Without --data, show and check take the synthetic stream. tools.prepare writes a folds.csv of the official sheets; that
 of `folds` holds the folds that the images have had without it, which stay when an image goes.
@@ -74,6 +75,9 @@ def check(sessions, path=None):
         sheet, people = data.DATASETS[session.name], data.SUBJECTS.get(session.name)
         print(f"{session.name:8s} {len(session.keys):5d} samples of {data.in_sheet(session.name) or '?':>5}"
               f"  {len(np.unique(session.subjects)):4d} subjects of {people or '?':>4}")  # fmt: skip
+        plain = int(np.sum(np.ptp(session.images, (2, 3)).max(1) == 0))
+        if plain:
+            print(f"    {plain} images have one colour, as where the onset is the apex")
         for emotion, count in sheet.items():
             own = np.count_nonzero(session.labels == emotion)
             difference = f"   {own - count:+d}" if count not in (None, own) else ""
@@ -91,20 +95,42 @@ def folds(sessions, path):
     prepare.write_folds(path, [session.name for session in sessions], lines)
 
 
+def against(path, other):
+    """Print the lines in which the folds.csv of two folders differ, and whether a fold does."""
+    both, moved = [], 0
+    for place in (path, other):
+        found = {}
+        for line in prepare.read_table(place, "folds.csv"):
+            entry = " ".join(line[word] for word in ("session", "subject", "clip", "onset"))
+            while entry in found:  # without an onset a clip may stand there twice
+                entry += " again"
+            found[entry] = f"slcv {line['slcv']} ilcv {line['ilcv']}", line["key"] or "no image"
+        both.append(found or sys.exit(f"error: {place}: has no folds.csv, or an empty one"))
+    first, second = both
+    for entry in dict.fromkeys([*first, *second]):
+        one, two = first.get(entry, ("no line", "")), second.get(entry, ("no line", ""))
+        if one != two:
+            moved += entry in first and entry in second and one[0] != two[0]
+            print(f"{entry}: {' '.join(one)} | {' '.join(two)}")
+    shared = len(first.keys() & second.keys())
+    print(f"{len(first)} and {len(second)} lines; of {shared} entries in both, {moved} are in other folds")
+
+
 def main():
     commands = {"export": (export, "out", "sessions"), "show": (show, "out", "data", "sessions"),
-                "check": (check, "data", "sessions"), "folds": (folds, "data")}  # fmt: skip
+                "check": (check, "data", "sessions"), "folds": (folds, "data", "against")}  # fmt: skip
     p = common.parser(__doc__)
     p.add_argument("command", choices=list(commands))
     p.add_argument("--data", metavar="PATH", help="processed folder (default: the synthetic stream)")
     which = f"of {', '.join(data.DATASETS)} (default: {' '.join(data.STREAM)})"
     p.add_argument("--sessions", nargs="+", choices=list(data.DATASETS), metavar="NAME", help=which)
     p.add_argument("--size", type=int, default=common.TINY_SIZE, metavar="N", help="image side in pixels (default: 48)")
+    p.add_argument("--against", metavar="PATH", help="folds: another processed folder, to compare with")
     p.add_argument("--out", metavar="PATH", help="export: a new or empty folder; show: a file FILE.png")
     args = p.parse_args()
     command, *takes = commands[args.command]
     path = getattr(args, takes[0])
-    for option in {"out", "data", "sessions"} - set(takes):
+    for option in {"out", "data", "sessions", "against"} - set(takes):
         if getattr(args, option) is not None:
             sys.exit(f"error: {args.command} takes no --{option}")
     if not path and command != check:
@@ -113,6 +139,10 @@ def main():
         sys.exit(f"error: --out {path}: show writes a file whose name ends with .png")
     if not 8 <= args.size <= 1024:
         sys.exit(f"error: --size {args.size}: must be 8 to 1024 pixels")
+    if args.data is not None and not os.path.isdir(args.data):
+        sys.exit(f"error: --data {args.data!r}: no such folder")
+    if args.against:
+        return against(args.data, args.against)
     names = list(dict.fromkeys(args.sessions or data.STREAM))
     if args.data and not args.sessions:  # of a folder all that are there
         there = [name.lower().partition("_")[0] for name in os.listdir(args.data)]
