@@ -98,9 +98,8 @@ def main():
         import cv2
     except ImportError:
         sys.exit("error: prepare needs the package opencv-python-headless: pip install opencv-python-headless")
-    coding = hashlib.sha256(data.flow_to_image(np.random.RandomState(0).randn(1, 16, 16, 2))).hexdigest()[
-        :12
-    ]  # of a sample
+    sample = data.flow_to_image(np.random.RandomState(0).randn(1, 16, 16, 2))
+    coding = hashlib.sha256(sample).hexdigest()[:12]
     settings = dict(size=args.size, flow=args.flow, coding=coding, opencv=cv2.__version__, farneback=FARNEBACK)
     settings |= {"sessions": {}, "versions": [{"numpy": np.__version__, "pillow": PIL.__version__}]}
     entries = [entry for session in args.sessions for entry in survey(session, args, settings["sessions"])]
@@ -409,11 +408,11 @@ def crop_box(points, width, height, least=0.2):
     left, top, right, bottom = *points.min(0), *points.max(0)
     there = f"x {left:.4g} to {right:.4g}, y {top:.4g} to {bottom:.4g} in a frame of {width} x {height} pixels"
     eyes, mouth = points[EYES].mean(0), points[MOUTH].mean(0)
-    across, down = abs(np.diff(points[EYE_CORNERS], axis=0)[0])
+    across, down = np.diff(points[EYE_CORNERS], axis=0)[0]  # in a right file the second one is farther to the right
     if max(right, bottom) <= 2:
         raise ValueError(f"fractions of the frame, needed are pixels: {there}")
-    if across < down:
-        raise ValueError(f"(y, x), or a face that lies: the eyes are one above the other: {there}")
+    if across < abs(down):
+        raise ValueError(f"(y, x), mirrored or rotated, by the outer corners of the eyes: {there}")
     if mouth[1] <= eyes[1]:
         raise ValueError(f"upside down: the mouth is above the eyes: {there}")
     # A chin may lie a little below the frame; points measured in other frames lie far outside, or take up less of it.

@@ -106,8 +106,9 @@ BAD_MARKS = {  # clip: its landmark file's bytes, None being no file, or how the
     "013_1_8": (lambda p: np.ones((98, 2)), "cannot be used: (98, 2) numbers, needed are (68, 2), all finite"),
     "EP1": (lambda p: p * np.nan, "needed are (68, 2), all finite"),
     "EP01_2": (lambda p: p / (200, 160), "fractions of the frame, needed are pixels: x 0.4"),
-    "S13-04-001": (lambda p: p[:, ::-1], "(y, x), or a face that lies: the eyes are one above the other: x 62.5"),
-    "EP06_02_01": (lambda p: (300, 170) - p, "upside down: the mouth is above the eyes: x "),
+    "S13-04-001": (lambda p: p[:, ::-1], "(y, x), mirrored or rotated, by the outer corners of the eyes: x 62.5"),
+    "EP06_02_01": (lambda p: (0, 170) + p * (1, -1), "upside down: the mouth is above the eyes: x "),
+    "011_4_2": (lambda p: (300, 0) + p * (-1, 1), "(y, x), mirrored or rotated, by the outer corners of the eyes: x "),
     "032_3_2": (lambda p: p * 1.6, "outside of the frame, so measured in others: x 131.2 to 188.8, y 100"),
     "S30-06-001": (lambda p: p / 1.5, "too small a face, 38% of the height, so measured in others: x 54.67 to")}
 # fmt: on
@@ -345,7 +346,7 @@ def test_landmarks_crop_both_frames_at_the_nose(prepared):
     why = {clip: f"{reason}: {detail}" for clip, reason, detail in table(out, "report.csv", "clip", "reason", "detail")}
     assert all(part in why[name] for name, (_, part) in BAD_MARKS.items()), why
     refused([*words, *crop[:-1]], "flow True", "another --out")
-    save(f"{root}/marks/samm/011/011_4_2.npy", landmarks(120, 60, 60))
+    save(f"{root}/marks/samm/006/006_1_2.npy", landmarks(120, 60, 60))
     refused([*words, *crop], "samm landmarks_sha256", "another --out")
     save(f"{root}/others/samm/099_1_1.npy", landmarks(120, 60, 60))
     refused([*words, f"--landmarks={root}/others", "--sessions=samm"], "no usable entry", "found", "/099_1_1.npy")
