@@ -1,11 +1,14 @@
 """What every script shares: arguments, device, backbones, and the small helpers of the training loop.
-Shapes: B batch, N samples, S image side in pixels, d features."""
+
+Shapes: B batch, N samples, S image side in pixels, d features.
+"""
 
 import argparse
 import contextlib
 import copy
 import hashlib
 import os
+import pickle
 import sys
 import time
 
@@ -174,10 +177,11 @@ def load_weights(network, name, weights):
     if weights == "none":
         return
     if weights is None:
-        repository = network.pretrained_cfg.get("hf_hub_id")
-        if repository and not isinstance(huggingface_hub.try_to_load_from_cache(repository, "model.safetensors"), str):
-            place, size = huggingface_hub.constants.ENDPOINT, sum(p.numel() for p in network.parameters()) / 250_000
-            print(f"weights: {place}/{repository}, about {size:.0f} MB, once (or --weights FILE)", flush=True)
+        repository, hub = network.pretrained_cfg.get("hf_hub_id") or "-", huggingface_hub.constants
+        cached = isinstance(huggingface_hub.try_to_load_from_cache(repository, "model.safetensors"), str)
+        if not cached and not hub.HF_HUB_OFFLINE and repository != "-":
+            size = sum(p.numel() for p in network.parameters()) / 250_000
+            print(f"weights: {hub.ENDPOINT}/{repository}, about {size:.0f} MB, once (or --weights FILE)", flush=True)
             huggingface_hub.model_info(repository, timeout=60)  # the download would wait long for a hub that is silent
         network.load_state_dict(timm.create_model(name, num_classes=0, pretrained=True).state_dict())
         return
@@ -185,21 +189,23 @@ def load_weights(network, name, weights):
         head = file.read(9)
     if head.startswith(b"version "):
         raise ValueError("a Git LFS pointer, not the file itself, which git lfs pull fetches")
-    if head.endswith(b"{") != weights.endswith(".safetensors"):
-        raise ValueError("the names of safetensors files end with .safetensors, those of no others do")
-    names, own = network.pretrained_cfg["classifier"], network.state_dict()
+    if head.endswith(b"{") and not weights.endswith(".safetensors"):
+        raise ValueError("a safetensors file, whose name must end with .safetensors")
+    try:
+        state = timm.models.load_state_dict(weights, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError):
+        raise ValueError("no torch file, or one that holds more than weights") from None
+    own = network.state_dict() | dict(network.named_buffers())
+    for key in own.keys() & state.keys():  # timm would stretch what was learned at another size
+        there, here = list(state[key].shape), list(own[key].shape)
+        if key.endswith(("pos_embed", "bias_table", "coords_table", "patch_embed.proj.weight")) and there != here:
+            raise ValueError(f"{key} is {there}, here {here}: of another image, patch or network size")
+    names, convert = network.pretrained_cfg["classifier"], lambda state, _: state
     classifier = tuple(f"{word}." for word in ([names] if isinstance(names, str) else names))
-    convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", lambda state, _: state)
-
-    def fit(state, network):
-        for key in own.keys() & state.keys():  # timm would stretch what was learned at another image or patch size
-            there, here = list(state[key].shape), list(own[key].shape)
-            if key.endswith(("pos_embed", "bias_table", "patch_embed.proj.weight")) and there != here:
-                raise ValueError(f"{key} is {there}, here {here}: of another image or patch size")
-        rest = lambda state: {key: value for key, value in state.items() if not key.startswith(classifier)}  # noqa: E731
-        return rest(state) if rest(state).keys() == own.keys() else rest(convert(state, network))
-
-    timm.models.load_checkpoint(network, weights, weights_only=True, filter_fn=fit)
+    if {key for key in state if not key.startswith(classifier)} != network.state_dict().keys():
+        convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", convert)
+    state = convert(state, network)
+    network.load_state_dict({key: value for key, value in state.items() if not key.startswith(classifier)})
 
 
 @torch.no_grad()

@@ -152,11 +152,12 @@ def _read_session(path, name, samples, size):
         except Exception as error:  # a damaged file can raise almost anything
             sys.exit(f"error: {file}: not a readable image ({' '.join(str(error).split())})")
         digest.update(os.fsencode(f"{key} {len(content)} ") + content)  # names need not be UTF-8
-        twin = first.setdefault(hashlib.sha256(content).digest(), key)
+        twin = first.setdefault(hashlib.sha256(images[i]).digest(), key)
         if twin != key and np.ptp(images[i], (1, 2)).any():  # images of one colour are alike and no copies
-            sys.exit(f"error: {file}: byte for byte the image {twin}: one could be in training, the other in the tests")
+            sys.exit(f"error: {file}: the same image as {twin}: one could be in training, the other in the tests")
     people, sheet = len(set(subjects)), SUBJECTS.get(name)
-    if people > max(sheet or 0, len(samples) / 2):  # names that begin with an index make SLCV as easy as ILCV
+    # Names that begin with an index would make SLCV as easy as ILCV.
+    if people > max(sheet or 0, len(samples) / 2) or people > 2 * (sheet or people):
         read = f"its first number, {subjects[-1]}, is taken for the subject"
         sys.exit(f"error: {file}: {read}: {people} subjects in {len(samples)} images, {sheet or '?'} in the sheet")
     columns = np.array(labels), np.array(subjects), np.array(keys)

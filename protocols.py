@@ -67,7 +67,7 @@ def bind(session, args):
             folds_hash = _sha([[line[n] for n in FOLDS[1:] if n != "key"] for line in lines])
         if min(map(len, tests)) < 1 or len(session.keys) - max(map(len, tests)) < 2:
             raise ValueError("a fold has no sample to test or fewer than 2 to train on")
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, csv.Error) as error:
         what = f"{path} has no line of the image {error}" if isinstance(error, KeyError) else error
         sys.exit(f"error: session {session.name}: {what}")
     return tests, folds_hash
@@ -77,9 +77,9 @@ def read_folds(path, session):
     """The lines of a folds.csv that are a session's: dicts of texts. A ValueError if one cannot be right."""
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = csv.DictReader(file)
-        lines = [line | {"line": reader.line_num} for line in reader if line.get("session") == session.name]
-    if not set(FOLDS) <= set(reader.fieldnames or ()):
-        raise ValueError(f"{path}: its first line must be {','.join(FOLDS)}")
+        if not set(FOLDS) <= set(reader.fieldnames or ()):
+            raise ValueError(f"{path}: its first line must be {','.join(FOLDS)}")
+        lines = [line | {"line": reader.line_num} for line in reader if line["session"] == session.name]
     subject_of, fold_of, seen = dict(zip(session.keys.tolist(), session.subjects.astype(str))), {}, set()
     for line in lines:
         subject, clip, onset, key, slcv, ilcv = [line[name] for name in FOLDS[1:]]

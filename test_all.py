@@ -905,15 +905,15 @@ def test_an_exported_stream_and_a_new_dataset(monkeypatch):
     assert session.images.dtype == torch.float32 and np.allclose(session.images[5], expected, atol=1e-5)
     assert session.digest == large.digest and large.images.shape == (136, 3, 48, 48)
     # A new dataset is one record. Without all counts, or with an emotion that no face shows, it cannot be made up.
-    for emotions, people in (({"awe": 9}, 3), ({"fear": 9}, None), ({"surprise": None, "sad": None}, 3)):
+    for emotions, people in (({"awe": 9}, 3), ({"fear": 9}, None), ({"surprise": None, "sad": None}, 5)):
         monkeypatch.setitem(data.DATASETS, "smic", emotions)
         monkeypatch.setitem(data.SUBJECTS, "smic", people)
         assert "smic cannot be made up" in one_line(*PIXELS, "--sessions", "smic")
     put("new", [f"smic_{emotion}/{i}.png" for emotion in ("sad", "surprise") for i in range(8)])
     screen = works(*PIXELS, "--sessions", "smic", "--data", "new", "--folds", "0")
-    assert "smic 16 of ?, subjects 8 of 3" in screen
+    assert "smic 16 of ?, subjects 8 of 5" in screen
     put("new", ["smic_sad/8.png"])  # 9 people in 17 images: more than half as many
-    for people in (3, None):
+    for people in (5, None):
         monkeypatch.setitem(data.SUBJECTS, "smic", people)
         line = start(*PIXELS, *"--sessions smic --data new".split())[2]
         assert line.endswith(f"is taken for the subject: 9 subjects in 17 images, {people or '?'} in the sheet\n")
@@ -1226,10 +1226,14 @@ dualprompt --backbone resnet; ranpac --folds 1 0 1; ranpac --folds -1; finetune 
 controls.pixels --protocol loso --sessions casme2 samm; controls.pixels --out file; controls.pixels --out file/deeper"""
 NO_PLAIN_VIT = ["vit_small_patch14_reg4_dinov2", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224",
                 "test_convnext", "test_vit3"]
-NOISE = png(np.random.RandomState(0).randint(0, 255, (20, 20, 3), np.uint8))
+SEEN = np.random.RandomState(0).randint(0, 255, (20, 20, 3), np.uint8)
+NOISE = png(SEEN)
 TREES = [  # what differs in a small right folder, flags, what the line must say
-    ({"samm_anger/1_1.png": NOISE, "samm_anger/1_2.png": NOISE}, "", "1_2.png: byte for byte the image samm_anger/1_1"),
-    ({"samm_anger/1_1.png": NOISE, "samm_others/3.png": NOISE}, "", "/3.png: byte for byte the image samm_anger/1_1"),
+    ({"samm_anger/1_1.png": NOISE, "samm_anger/1_2.png": NOISE}, "", "1_2.png: the same image as samm_anger/1_1.png"),
+    ({"samm_anger/1_1.png": NOISE, "samm_others/3.png": NOISE}, "", "/3.png: the same image as samm_anger/1_1.png"),
+    ({"samm_anger/1_1.png": NOISE, "samm_others/3.bmp": png(SEEN, kind="BMP")}, "", "/3.bmp: the same image"),
+    ({f"samm_{e}/{i:06d}_sub001.png": png() for e in ("anger", "surprise") for i in range(100, 156)}, "",
+     "000155_sub001.png: its first number, 155, is taken for the subject: 60 subjects in 128 images, 27 in the sheet"),
     ({f"samm_surprise/{i:06d}_sub001_{i}.png": png() for i in range(100, 128)}, "",
      "its first number, 127, is taken for the subject: 32 subjects in 44 images, 27 in the sheet"),
     ({"casme2_Happy/sub09_1.png": png(), "casme2_happiness/sub09_1.jpg": png()}, "", "an image twice"),
@@ -1305,7 +1309,8 @@ def test_weight_files_of_every_kind(monkeypatch):
         stage = re.match(r"layers\.(\d)\.downsample", key)
         key = f"layers.{int(stage[1]) - 1}.downsample{key[stage.end():]}" if stage else key
         theirs[key.replace("head.fc.", "head.")] = value
-    theirs |= {f"layers.0.blocks.1.{name}": torch.ones(1) for name in ("attn_mask", "attn.relative_coords_table")}
+    table = "layers.0.blocks.1.attn.relative_coords_table"
+    theirs |= {"layers.0.blocks.1.attn_mask": torch.ones(1), table: torch.ones(1, 15, 15, 2)}
     torch.save({"model": theirs}, "swinv2_tiny_patch4_window8_256.pth")
     state = timm.create_model(vit[0]).state_dict()
     torch.save(state | {f"pre_logits.fc.{name}": torch.ones(1) for name in ("weight", "bias")}, "in21k.pth")
@@ -1315,15 +1320,20 @@ def test_weight_files_of_every_kind(monkeypatch):
         assert all(torch.equal(value, right[key]) for key, value in found[-1].state_dict().items())
     shutil.rmtree("results")
     # What cannot be loaded: with the true reason.
-    put(".", dict.fromkeys(["lfs.bin", "lfs.safetensors"], "version https://git-lfs.github.com/spec/v1\noid sha256:0"))
+    lfs = "version https://git-lfs.github.com/spec/v1\noid sha256:0"
+    put(".", {"lfs.bin": lfs, "lfs.safetensors": lfs, "page.pth": "<!doctype html><title>Sign in</title>"})
     save_file(state, "renamed.bin")
     torch.save(state, "torch.safetensors")
     torch.save(timm.create_model("vit_tiny_patch16_384").state_dict(), "384.pth")
+    torch.save({"model": theirs | {table: torch.ones(1, 31, 31, 2)}}, "swin_window16.pth")
     for file, reason in {"lfs.bin": "a Git LFS pointer", "lfs.safetensors": "a Git LFS pointer",
-                         "renamed.bin": "end with .safetensors", "torch.safetensors": "end with .safetensors",
-                         "384.pth": "pos_embed is [1, 577, 192], here [1, 197, 192]: of another image or patch size",
+                         "renamed.bin": "must end with .safetensors", "torch.safetensors": "deserializing header",
+                         "384.pth": "pos_embed is [1, 577, 192], here [1, 197, 192]: of another image, patch or",
+                         "swin_window16.pth": "table is [1, 31, 31, 2], here [1, 15, 15, 2]: of another image",
+                         "page.pth": "no torch file, or one that holds more than weights",
                          "nowhere.pth": "No such file"}.items():  # fmt: skip
-        line = one_line("finetune", "--preset", "paper", "--backbone", vit[0], "--weights", file)
+        name = "swinv2_tiny_window8_256" if "swin" in file else vit[0]
+        line = one_line("finetune", "--preset", "paper", "--backbone", name, "--weights", file)
         assert line.startswith(f"error: {file}: cannot be loaded into this backbone (") and reason in line, line
 
 def test_a_hub_that_is_silent():
@@ -1357,16 +1367,25 @@ def changed(script, diff):
             out, lines = [*out, *lines[: at + (mark == " ")]], lines[at + 1 :]
     return "\n".join([*out, *lines]) + "\n"
 
-@pytest.mark.parametrize("page, count", [("README.md", 1), ("docs/exercises.md", 3)])
+@pytest.mark.parametrize("page, count", [("README.md", 1), ("docs/exercises.md", 9)])
 def test_changes_in_the_docs_run(page, count):
+    """The diffs, each on the script that is named last before it; and the code that reads a run's files."""
     changes = re.findall("(.*?)```diff\n(.*?)```", text_of(page), re.S)
     assert len(changes) == count
     for before, diff in changes:
         script = re.findall(r"`(?:cp )?(\w+)\.py", before)[-1]
         put(".", {"mine.py": changed(script, diff)})
-        screen = works("mine.py", *TWO, "--folds", "0", "--epochs-first", "2", "--epochs-next", "2")
+        screen = works("mine.py", *TWO, "--folds", "0", *brief(script))
         assert len(lines_of(screen)[0]) == 2
         shutil.rmtree("results")
+    for code in re.findall("```python\n(import glob.*?)```", text_of(page), re.S):
+        works("finetune", *"--protocol loso --sessions casme2 --folds 0 1 --epochs-first 1".split())
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(code, {})
+        folds = folds_in("results")
+        pooled = protocols.uf1(*protocols.pooled(folds, 0)[:2])
+        mean = np.mean([protocols.uf1(*protocols.outcome(saved, 0)[:2]) for saved in folds.values()])
+        assert np.float64(out.getvalue().split()) == pytest.approx([pooled, mean])
 
 def test_readme_is_true():
     """Its examples and commands run, in their order (what trains for one epoch on one fold); its hashes are these.
@@ -1481,9 +1500,11 @@ def test_folds_come_from_folds_csv_where_there_is_one(protocol):
         assert words in run(wrong, way=one_line), words
     run([*lines, ["casme2", 9, 99, "", "", 4, 4]])  # two entries without an image may be alike
     shutil.rmtree("results")
-    for text in (";".join(FOLDS).encode(), ",".join(FOLDS).encode("utf-16")):  # saved by a spreadsheet program
+    for text in (";".join(FOLDS).encode(), b"session,subject", b""):  # saved by a spreadsheet program, cut, empty
         put("tree", {"folds.csv": text})
         assert "tree/folds.csv: its first line must be session,subject," in one_line(*flags, "--protocol", protocol)
+    put("tree", {"folds.csv": ",".join(FOLDS).encode("utf-16")})
+    assert one_line(*flags, "--protocol", protocol).startswith("error: session casme2: ")  # Python 3.10: "contains NUL"
     assert "(images)" in run([["text"]], "--protocol", "loso", "--sessions", "casme2")
 
 

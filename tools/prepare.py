@@ -99,7 +99,7 @@ def main():
     except ImportError:
         sys.exit("error: prepare needs the package opencv-python-headless: pip install opencv-python-headless")
     sample = data.flow_to_image(np.random.RandomState(0).randn(1, 16, 16, 2))
-    coding = hashlib.sha256(sample).hexdigest()[:12]
+    coding = hashlib.sha256(sample).hexdigest()
     settings = dict(size=args.size, flow=args.flow, coding=coding, opencv=cv2.__version__, farneback=FARNEBACK)
     settings |= {"sessions": {}, "versions": [{"numpy": np.__version__, "pillow": PIL.__version__}]}
     entries = [entry for session in args.sessions for entry in survey(session, args, settings["sessions"])]
@@ -171,6 +171,11 @@ def survey(session, args, settings):
         landmarks = {}  # these are faces already, and the benchmark's landmarks were measured in raw frames
     for entry in entries:
         entry |= {"folder": of_clip(clips, entry), "crop": bool(landmarks), "landmarks": of_clip(landmarks, entry)}
+    faces = {}  # {a landmark file's content: the first clip that has it}
+    for entry in [entry for entry in entries if entry["landmarks"]]:
+        first = faces.setdefault(Path(entry["landmarks"]).read_bytes(), entry)
+        if first["subject"] != entry["subject"]:  # of one person two clips may share them
+            entry["twin"] = first["landmarks"]
     for name, paths in (("folder", clips), ("landmarks", landmarks)):
         if paths and not any(entry[name] for entry in entries if not entry["reason"]):
             sys.exit(f"error: {sheet}: no usable entry is of a clip that is there, found {min(paths.values())}")
@@ -220,15 +225,12 @@ def explore(session, root, enter_clips=False):
 
 def find_landmarks(session, place):
     """{clip_key: path} of the landmark files below `place`."""
-    landmarks, contents = {}, {}
+    landmarks = {}
     for path in explore(session, place, enter_clips=True)[1]:
         if path.lower().endswith(".npy") and (key := clip_key(session, path[:-4])):
             if key in landmarks:
                 sys.exit(f"error: two landmark files for one clip, keep one: {landmarks[key]}, {path}")
             landmarks[key] = path
-            twin = contents.setdefault(Path(path).read_bytes(), path)
-            if twin != path:  # no two of the released ones are equal
-                sys.exit(f"error: two clips with the same landmarks, one is of another face: {twin}, {path}")
     return landmarks or sys.exit(f"error: {place}: no landmark files, {found_in(place)}; see --help for their names")
 
 
@@ -366,6 +368,8 @@ def make_image(entry, out, size, keep_flow):
             box = crop_box(np.load(entry["landmarks"]), *frames[0].size, SOURCES[entry["session"]].face)
         except Exception as error:  # and so can this one
             return "landmarks cannot be used", " ".join(str(error).split())
+        if "twin" in entry:
+            return "landmarks cannot be used", f"those of another person: {entry['twin']}"
         frames = [frame.crop(box) for frame in frames]
     if np.array_equal(*frames):
         return "onset and apex frame are the same", folder
@@ -404,11 +408,13 @@ def crop_box(points, width, height, least=0.2):
     be a face in this frame; least: the box's side, in heights of the frame.
     """
     if points.shape != (68, 2) or not np.isfinite(points).all():
-        raise ValueError(f"{points.shape} numbers, needed are (68, 2), all finite")
+        raise ValueError(f"{points.shape} numbers, needed are (68, 2), none of them nan")
     left, top, right, bottom = *points.min(0), *points.max(0)
     there = f"x {left:.4g} to {right:.4g}, y {top:.4g} to {bottom:.4g} in a frame of {width} x {height} pixels"
     eyes, mouth = points[EYES].mean(0), points[MOUTH].mean(0)
     across, down = np.diff(points[EYE_CORNERS], axis=0)[0]  # in a right file the second one is farther to the right
+    if left == right or top == bottom:
+        raise ValueError(f"all points in one line: {there}")
     if max(right, bottom) <= 2:
         raise ValueError(f"fractions of the frame, needed are pixels: {there}")
     if across < abs(down):
@@ -474,7 +480,7 @@ def settle(out, settings):
             before = parts.get(part, now)
             for name in now:
                 if name not in ("sessions", "versions", "sheet") and before.get(name) != now[name]:
-                    change = f"{part} {name} {before.get(name)}, this is {now[name]}".strip()
+                    change = f"{part} {name} {before.get(name, 'unknown')}, this is {now[name]}".strip()
                     sys.exit(f"error: {out}: was made with {change}; use another --out")
         settings["sessions"] = old["sessions"] | settings["sessions"]
         settings["versions"] = old["versions"] + [v for v in settings["versions"] if v not in old["versions"]]
@@ -517,7 +523,7 @@ def report(out, sessions, entries):
             counts[word] = [sheet[word], sheet[word] if word in known else 0, usable[word]]
         counts["all"] = [sum(column) for column in zip(*counts.values())] + [SOURCES[session].usable]
         for word, numbers in counts.items():
-            altered = word in known and known[word] != sheet[word]
+            altered = known.get(word) not in (None, sheet[word])
             remark = f"   the official sheet has {known[word]}" if altered else ""
             print(f"{session:8s} {word:12s}" + "".join(f" {number:7d}" for number in numbers) + remark)
     for (session, reason), count in sorted(Counter((entry["session"], entry["reason"]) for entry in dropped).items()):

@@ -46,7 +46,7 @@ def read_run(folder, about):
     except (TypeError, KeyError):  # something else, such as a run of an older version
         return None
     random = run["changed"].get("weights") == "none"  # random weights differ from seed to seed, too
-    other = ["arguments", "seed", "made", *["weights"] * random]
+    other = ["arguments", "seed", "made", "prepared", *["weights"] * random]
     run["alike"] = {word: value for word, value in run.items() if word not in other}
     run["name"] = " ".join([run["method"], *(f"{name}={value}" for name, value in run["changed"].items())])
     run["control"] = os.path.join("controls", f"{run['method']}.py") in run["code"]
@@ -103,31 +103,32 @@ def title_of(run):
     tests = "" if run["tests"] == run["folds"] else f", tests {run['tests']}"
     return (f"{run['protocol'].upper()}, {source}, {', '.join(counts)}, {run['preset']} preset,"
             f" {sum(count['samples'] for count in counts.values()):,}{of} samples,"
-            f" images {run['images']}{preparation(run)}, folds {run['folds']}{tests}")  # fmt: skip
+            f" images {run['images']}, folds {run['folds']}{tests}")  # fmt: skip
 
 
 def preparation(run):
-    """How a run's images were made, as their prepare.json says, in brackets; nothing where none told."""
+    """How a run's images were made, as their prepare.json says; nothing where none told."""
     about = run["prepared"] or {}
-    words = [f"{word} {about[word]}" for word in ("source", "opencv", "coding", "crop") if word in about]
+    words = [f"{word} {about[word][:16]}" for word in ("source", "opencv", "coding", "crop") if word in about]
     known = about.get("sessions", {})
     words += [f"{name} {known[name]['frames']} frames {known[name]['crop']}" for name in run["counts"] if name in known]
-    return f" ({'; '.join(words)})" if words else ""
+    return "; ".join(words)
 
 
 def made_otherwise(lines):
-    """Of lines that stand together: {name: what was not as in the newest of them: code, versions, processor, ...}."""
+    """Of lines that stand together: {name: in what its code, versions, processor, ... are not those of the newest one}.
 
-    def making(line):
+    Code is compared where the Python is the same: its hash is not the same on another one.
+    """
+    newest, found = {}, {}
+    for line in sorted(lines, key=lambda line: line["made"], reverse=True):
         folds = [saved for trial in line["trials"] for saved in trial.values()]
-        words = ("threads", "processor", "device")
-        making = {word: "; ".join(sorted({str(saved[word]) for saved in folds})) for word in words}
-        return line["code"] | line["versions"] | making  # a script that the newest does not have is not compared
-
-    newest, found = making(max(lines, key=lambda line: line["made"])), {}
-    for line in lines:
-        own = making(line)
-        words = [word for word in own if own[word] != newest.get(word, own[word])]
+        own = {(path, line["versions"].get("python")): digest for path, digest in line["code"].items()}
+        own |= {(name, ""): version for name, version in line["versions"].items()}
+        own |= {("preparation of the images", ""): preparation(line)}
+        for word in ("threads", "processor", "device"):
+            own[word, ""] = sorted({str(saved[word]) for saved in folds})
+        words = [word[0] for word in own if own[word] != newest.setdefault(word, own[word])]
         if words:
             found[f"{line['backbone']} {line['label']}"] = ", ".join(words)
     return found
@@ -378,6 +379,7 @@ def tables(groups, how):
             if differ:
                 notes.append(f"\nnot one line: the runs of {name} differ in {' and '.join(differ)}")
         notes += [f"\n† not made as the newest line here: {name} ({what})" for name, what in others.items()]
+        notes += [f"\nimages: {words}" for words in dict.fromkeys(map(preparation, lines)) if words]
         text += [f"\n**{title}**", "", grid(head, table), *notes]
     return "\n".join(text)
 
@@ -469,7 +471,7 @@ def write_csv(groups, path):
                 own |= {f"{what} {column}": f"{value:.4f}" for column, value in zip(columns(line), values)}
             saved = [saved for folds in line["trials"] for saved in folds.values()]
             own |= {f"version of {name}": version for name, version in line["versions"].items()}
-            own["device"] = ";".join(sorted({str(fold.get("device", "unknown")) for fold in saved}))
+            own["device"] = ";".join(sorted({str(fold["device"]) for fold in saved}))
             for t in range(len(line["counts"])):
                 counts, emotions = confusion(line, t, way), line["fold"]["emotions"]
                 own[f"seconds S{t + 1}"] = f"{np.mean([fold['seconds'][t] for fold in saved]):.2f}"
@@ -481,7 +483,7 @@ def write_csv(groups, path):
     writer = csv.DictWriter(text, list(dict.fromkeys(key for own in table for key in own)))
     writer.writeheader()
     writer.writerows(table)
-    protocols.write(path, text.getvalue().encode())
+    protocols.write(path, os.fsencode(text.getvalue()))
 
 
 def plot(groups, path):
@@ -501,27 +503,34 @@ def plot(groups, path):
     methods, controls = (dict.fromkeys(i["name"] for i in everything if i["control"] == kind) for kind in (False, True))
     styles = {name: {"color": COLOURS[i % 8], "marker": MARKS[i % 11]} for i, name in enumerate(methods)}
     styles |= {name: {"color": GREYS[i % 4], "ls": DASHES[i % 5]} for i, name in enumerate(controls)}
-    height = 1.3 + 0.19 * max(10, *map(len, groups.values()))  # inches
-    width = max(6, len(backbones) * (3.2 + 0.085 * max(len(line["label"]) for line in everything)))
-    whole = figure.Figure((width, height * len(groups)), layout="constrained")
+    seeds = {len(line["seeds"]) for line in everything}
+    shared = f", {max(seeds)} seeds" if len(seeds) == 1 and max(seeds) > 1 else ""  # told in the title instead
+    height = 1.2 + 0.19 * max(10, *(len({line["label"] for line in lines}) for lines in groups.values()))  # inches
+    width = 2.7 * len(backbones) + 0.6 + 0.085 * max(len(line["label"].replace(shared, "")) for line in everything)
+    whole = figure.Figure((max(4.4, width), height * len(groups)), layout="constrained")
     for part, (title, lines) in zip(whole.subfigures(len(groups), 1, squeeze=False)[:, 0], groups.items()):
-        part.suptitle(title.replace(", images", ",\nimages"), x=0.01, ha="left", fontsize=9)
+        part.suptitle(title.partition(", images")[0] + shared, x=0.01, ha="left", fontsize=9, wrap=True)
         curves = [(numbers(line, line["merge"])["mean"][:-2], line) for line in lines]
-        curves.sort(key=lambda curve: -curve[0][-1])  # by their ends, from the top
-        axes = part.subplots(1, len(backbones), sharey=True, squeeze=False)[0]
+        ends = {}
+        for values, line in curves:
+            ends.setdefault(line["label"], []).append(values[-1])
+        curves.sort(key=lambda curve: -np.mean(ends[curve[1]["label"]]))  # by their ends, from the top
+        axes, named = part.subplots(1, len(backbones), sharey=True, squeeze=False)[0], {}
         axes[0].set_ylabel("accuracy, %")
         for backbone, axis in zip(backbones, axes):
             axis.set_title(backbone)
             axis.set_xticks(range(len(lines[0]["counts"])), lines[0]["counts"])
             axis.spines[["top", "right"]].set_visible(False)
+            axis.tick_params(labelsize=9)
             axis.grid(alpha=0.3)
             for values, line in curves:
                 if line["backbone"] in (backbone, "none"):  # what has no network stands in each panel
                     style = styles[line["name"]]
-                    axis.plot(values, ms=6, label=line["label"], **style)
+                    (named[line["label"].replace(shared, "")],) = axis.plot(values, ms=6, **style)
                     axis.plot(line["paper"][:-2], ms=9, mfc="none", **style | {"ls": ""})
-            own = axis.get_legend_handles_labels()[0]  # given, since without any it would warn
-            axis.legend(handles=own, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, labelcolor="linecolor")
+        order = {curve[1]["label"].replace(shared, ""): None for curve in curves}
+        axes[-1].legend([named[label] for label in order], list(order), loc="center left", bbox_to_anchor=(1, 0.5),
+                        frameon=False, labelcolor="linecolor")  # fmt: skip
     content = io.BytesIO()
     whole.savefig(content, format=path[-3:], dpi=120, bbox_inches="tight")
     protocols.write(path, content.getvalue())

@@ -103,8 +103,10 @@ ENTRIES = {  # subject, clip, onset, apex, label, image or reason; frames, if no
         *[(f"sub{s}", f"sub{s}_01", 3, 5, "anger", FOLDER, None) for s in (1000, 1001, 1002)]]}
 BAD_MARKS = {  # clip: its landmark file's bytes, None being no file, or how the right points are changed; its reason
     "006_1_2": (None, "no landmarks"), "sub0003_02": (b"PK\x03\x04", "landmarks cannot be used: "),
-    "013_1_8": (lambda p: np.ones((98, 2)), "cannot be used: (98, 2) numbers, needed are (68, 2), all finite"),
-    "EP1": (lambda p: p * np.nan, "needed are (68, 2), all finite"),
+    "013_1_8": (lambda p: np.ones((98, 2)), "cannot be used: (98, 2) numbers, needed are (68, 2), none of them nan"),
+    "EP1": (lambda p: p * np.nan, "needed are (68, 2), none of them nan"),
+    "S04-02-001": (lambda p: 0 * p, "all points in one line: x 0 "),
+    "sub0650_11": (lambda p: landmarks(*NOSE[1], SIDE), "those of another person: "),  # of sub0003
     "EP01_2": (lambda p: p / (200, 160), "fractions of the frame, needed are pixels: x 0.4"),
     "S13-04-001": (lambda p: p[:, ::-1], "(y, x), mirrored or rotated, by the outer corners of the eyes: x 62.5"),
     "EP06_02_01": (lambda p: (0, 170) + p * (1, -1), "upside down: the mouth is above the eyes: x "),
@@ -196,7 +198,7 @@ def make_tree(raw, marks):
         for decoy in (f"__MACOSX/{right}", *DECOYS.get(session, [])):
             clip(f"{homes[session]}/{decoy}", number(onset), number(apex), angle + 180, **names)
         content, own = BAD_MARKS.get(name, [lambda p: p])[0], landmarks(*NOSE[names["s"] % 2], SIDE)
-        own[0] += angle / 1e6  # no two clips have the same
+        own[0] += angle / 1e6 * (name != "sub0003_01")  # no two clips have the same, but for this one and sub0650's
         if content is not None:
             save(f"{marks}/{session}/{points.format(**names)}", content(own) if callable(content) else content)
     for decoy in ("mmew/Macro_Expression/happiness/S03-01-002.npy", "casme3/part_C/spNO.1/a/color/color.npy"):
@@ -353,9 +355,6 @@ def test_landmarks_crop_both_frames_at_the_nose(prepared):
     save(f"{root}/marks/mmew/S03-01-002.npy", landmarks(120, 60, 60))
     refused([*words, *crop, "--out", f"{root}/new"], "two landmark files", "/mmew/S03-01-002.npy",
             "/mmew/happiness/S03-01-002/S03-01-002.npy")  # fmt: skip
-    os.remove(f"{root}/marks/mmew/S03-01-002.npy")
-    shutil.copy(f"{root}/marks/samm/013/013_1_8.npy", f"{root}/marks/samm/037_1_1.npy")
-    refused([*words, *crop, "--out", f"{root}/new"], "another face", "/samm/013/013_1_8.npy", "/samm/037_1_1.npy")
     # Sessions that the benchmark takes whole stay whole, though there are landmarks.
     shutil.rmtree(f"{root}/marks/dfme")
     screen = here(*words, "--out", f"{root}/whole", "--whole", "samm", "--sessions", *list(HEADERS)[1:])
@@ -404,6 +403,13 @@ def test_view_writes_down_the_folds_that_a_folder_has_had(prepared, tmp_path):
     for name, protocol in itertools.product(("casme2", "casme3"), ("slcv", "ilcv")):
         for fold, test in enumerate(protocols.split(before[name].subjects, protocol)):
             assert {lines[key][protocol] for key in before[name].keys[test]} == {str(fold)}
+    check = functools.partial(here, "check", "--data", out, "--sessions", "casme2", main=view.main)
+    for key in before["casme2"].keys[:2]:
+        Image.new("L", (64, 64)).save(out / key)
+    assert "2 images have one colour" in check() and "folds.csv: casme2 has" in check()
+    text = (out / "folds.csv").read_text()
+    (out / "folds.csv").write_text(text.replace(",0,", ",7,", 1))
+    assert check().startswith("error: session casme2: ") and "has the folds 7 and " in check()
 
 
 def test_view_compares_the_folds_of_two_folders(prepared, tmp_path):
@@ -417,14 +423,18 @@ def test_view_compares_the_folds_of_two_folders(prepared, tmp_path):
     (other / "folds.csv").write_text(first + "".join(changed).replace("dfme,3,sub0003_01,46,dfme_happiness/"
         "sub0003_sub0003_01_onset46_apex60.png,0", "dfme,3,sub0003_01,46,dfme_happiness/"
         "sub0003_sub0003_01_onset46_apex60.png,4"))  # fmt: skip
-    gone, image, fold, total = screen(out, "--against", other).splitlines()[:4]
+    gone, image, fold, total = screen(out, "--against", other).splitlines()
     for line, start, end in ((gone, "casme2 1 ep03_02 131: slcv 0 ilcv ", " no image"),
                              (image, "samm 32 032_3_2 26: slcv ", " | no line "),
                              (fold, "dfme 3 sub0003_01 46: slcv 0 ilcv ", ".png")):  # fmt: skip
         assert line.startswith(start) and line.endswith(end)
     assert total == "46 and 45 lines; of 45 entries in both, 1 are in other folds"
-    (other / "folds.csv").unlink()
-    assert "has no folds.csv" in screen(out, "--against", other)
+    (other / "folds.csv").write_bytes(b"\xef\xbb\xbf" + (out / "folds.csv").read_bytes().replace(b"casme", b"mmew"))
+    assert screen(out, "--against", other).endswith("lines; of 16 entries in both, 0 are in other folds\n")
+    (other / "folds.csv").write_bytes(first.encode() + b"x,1,a,1,,0,0")
+    assert screen(out, "--against", other).endswith("have no entry in common")
+    (other / "folds.csv").write_bytes(b"")
+    assert "no lines with the columns session,subject," in screen(out, "--against", other)
     assert here("check", "--data", out, "--against", out, main=view.main) == "error: check takes no --against"
 
 
@@ -802,7 +812,7 @@ def test_seeds_are_one_line(tmp_path, call):
     assert found == ["der weights=a.pt", "der weights=a.pt, seed 1", "der weights=none, 2 seeds"]
     apart = lines_of(call(report, root, "--each-seed").out)
     assert [apart["vit", f"der, seed {seed}"][14:19] for seed in (0, 1)] == ["62.50", "87.50"] and len(apart) == 5
-    write_run(root / "2" / "1", [BETTER[0], None], seed=2)
+    write_run(root / "2" / "1", [BETTER[0], None], seed=2, prepared={"opencv": "5"})  # it is on the same images
     out = lines_of(call(report, root).out)  # fold 0 of all three: 50, 100 and 100 after session 2
     assert out["vit", "der, 3 seeds (1 of 2 folds)"].startswith("50.00 83.33 66.67 83.33 ")
     write_run(root / "3" / "1", [None, HAND[1]], seed=3)  # now they have no fold in common
@@ -964,13 +974,22 @@ def test_what_was_made_otherwise_is_marked(tmp_path, call):
     hand = [fold | {"threads": 2, "device": "H100"} for fold in HAND]
     write_run(tmp_path / "4/1", hand, prepared=about, method="ranpac", versions={"torch": "9"}, code={}, made="0")
     text = call(report, tmp_path).out
-    assert "images i0 (opencv 4.8; coding ab12; casme2 raw frames landmarks), folds f0" in text
-    assert "images i5 (opencv 5.0; " in text  # other images: a table of its own
+    assert "\nimages: opencv 4.8; coding ab12; casme2 raw frames landmarks\n" in text
+    assert "\nimages: opencv 5.0; " in text and "images i5, folds f0" in text  # other images: a table of its own
     assert {line[1] for line in lines_of(text) if line[0] == "vit"} == {"der", "der †", "foster", "l2p", "ranpac †"}
     assert re.findall("† not made as the newest line here: (.*)", text) == [
         "vit der (c.py)", "vit ranpac (torch, threads, device)"]  # fmt: skip
     assert "not made as the other: vit der (c.py)" in call(report, tmp_path, "--compare", "der", "l2p").out
     assert "not made" not in call(report, tmp_path, "--compare", "foster", "l2p").out
+    write_run(tmp_path / "more/0/1", changed={"lr": 1}, code={"der.py": "1"})
+    write_run(tmp_path / "more/1/1", changed={"lr": 2}, code={"der.py": "2"})
+    write_run(
+        tmp_path / "more/2", changed={"lr": 3}, code={"der.py": "3"}, versions={"torch": "2.14", "python": "3.10"}
+    )
+    write_run(tmp_path / "more/3/1", method="l2p", code={"l2p.py": "1"}, prepared=about)
+    assert re.findall("† not made as the newest line here: (.*)", call(report, tmp_path / "more").out) == [
+        "vit der lr=3 (preparation of the images)", "vit der lr=2 (preparation of the images)",
+        "vit der lr=1 (der.py, preparation of the images)"]  # fmt: skip
 
 
 def test_export_show_check(tmp_path, monkeypatch):

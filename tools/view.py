@@ -10,7 +10,9 @@ Without --data, show and check take the synthetic stream. tools.prepare writes a
 of `folds` holds the folds that the images have had without it, which stay when an image goes.
 """
 
+import argparse
 import contextlib
+import csv
 import os
 import sys
 import tempfile
@@ -21,6 +23,7 @@ from PIL import Image, ImageDraw
 
 import common
 import data
+import protocols
 from tools import prepare
 
 
@@ -70,7 +73,10 @@ def show(sessions, out):
 
 
 def check(sessions, path=None):
-    """Print samples, subjects and emotions of each session, beside the official sheets' counts where they are known."""
+    """Print samples, subjects and emotions of each session, beside the official sheets' counts where they are known.
+
+    Ends with one line where a run would, for the folder's folds.csv, too.
+    """
     for session in sessions:
         sheet, people = data.DATASETS[session.name], data.SUBJECTS.get(session.name)
         print(f"{session.name:8s} {len(session.keys):5d} samples of {data.in_sheet(session.name) or '?':>5}"
@@ -82,6 +88,8 @@ def check(sessions, path=None):
             own = np.count_nonzero(session.labels == emotion)
             difference = f"   {own - count:+d}" if count not in (None, own) else ""
             print(f"    {emotion:11s} {own:5d} of {'?' if count is None else count:>5}{difference}")
+    for session in sessions if path is not None and os.path.exists(os.path.join(path, "folds.csv")) else ():
+        protocols.bind(session, argparse.Namespace(data=path, protocol="slcv"))
 
 
 def folds(sessions, path):
@@ -99,20 +107,23 @@ def against(path, other):
     """Print the lines in which the folds.csv of two folders differ, and whether a fold does."""
     both, moved = [], 0
     for place in (path, other):
-        found = {}
-        for line in prepare.read_table(place, "folds.csv"):
+        found, file = {}, Path(place, "folds.csv")
+        lines = list(csv.DictReader(file.read_text("utf-8-sig", "surrogateescape").splitlines()))
+        if not lines or not set(protocols.FOLDS) <= lines[0].keys():
+            sys.exit(f"error: {file}: no lines with the columns {','.join(protocols.FOLDS)}")
+        for line in lines:
             entry = " ".join(line[word] for word in ("session", "subject", "clip", "onset"))
             while entry in found:  # without an onset a clip may stand there twice
                 entry += " again"
             found[entry] = f"slcv {line['slcv']} ilcv {line['ilcv']}", line["key"] or "no image"
-        both.append(found or sys.exit(f"error: {place}: has no folds.csv, or an empty one"))
+        both.append(found)
     first, second = both
     for entry in dict.fromkeys([*first, *second]):
         one, two = first.get(entry, ("no line", "")), second.get(entry, ("no line", ""))
         if one != two:
             moved += entry in first and entry in second and one[0] != two[0]
             print(f"{entry}: {' '.join(one)} | {' '.join(two)}")
-    shared = len(first.keys() & second.keys())
+    shared = len(first.keys() & second.keys()) or sys.exit(f"error: {path} and {other} have no entry in common")
     print(f"{len(first)} and {len(second)} lines; of {shared} entries in both, {moved} are in other folds")
 
 
@@ -141,7 +152,7 @@ def main():
         sys.exit(f"error: --size {args.size}: must be 8 to 1024 pixels")
     if args.data is not None and not os.path.isdir(args.data):
         sys.exit(f"error: --data {args.data!r}: no such folder")
-    if args.against:
+    if args.against is not None:
         return against(args.data, args.against)
     names = list(dict.fromkeys(args.sessions or data.STREAM))
     if args.data and not args.sessions:  # of a folder all that are there
