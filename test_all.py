@@ -1381,7 +1381,7 @@ def test_changes_in_the_docs_run(page, count):
         assert len(lines_of(screen)[0]) == 2
         shutil.rmtree("results")
     for code in re.findall("```python\n(import glob.*?)```", text_of(page), re.S):
-        works("finetune", *"--protocol loso --sessions casme2 --folds 0 1 --epochs-first 1".split())
+        works("finetune", *"--protocol loso --sessions casme2 --folds 0 1".split())
         with contextlib.redirect_stdout(io.StringIO()) as out:
             exec(code, {})
         folds = folds_in("results")

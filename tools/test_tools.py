@@ -528,31 +528,20 @@ def test_names_that_are_not_utf8(tmp_path):
         return subprocess.run([sys.executable, "-m", *words], cwd=HERE, env=environment, capture_output=True, text=True)
 
     done = run("tools.prepare", "--raw", f"{tmp_path}/raw", "--out", f"{tmp_path}/new", "--sessions", "casme2")
-    assert (
-        done.returncode == 0 and r"\udcca\udcfd" in done.stdout and len(list((tmp_path / "new").glob("*/*.png"))) == 15
-    )
+    assert done.returncode == 0 and r"\udcca\udcfd" in done.stdout
+    assert len(list((tmp_path / "new").glob("*/*.png"))) == 15
     assert os.fsencode(word) in (tmp_path / "new/report.csv").read_bytes()
-    pixels = [
-        "controls.pixels",
-        "--data",
-        f"{tmp_path}/out",
-        "--preset",
-        "tiny",
-        "--protocol",
-        "slcv",
-        "--sessions",
-        "casme2",
-    ]
-    pixels += ["--out", f"{tmp_path}/results"]
-    first = run(*pixels)
+    pixels = ["--data", f"{tmp_path}/out", "--out", f"{tmp_path}/{word}"]
+    pixels += "--preset tiny --protocol slcv --sessions casme2".split()
+    first = run("controls.pixels", *pixels)
     assert first.returncode == 0 and "casme2 16 of 246, subjects 8 of 26" in first.stdout
     assert run("tools.view", "folds", "--data", f"{tmp_path}/out").returncode == 0
-    assert "16 lines, 0 without an image" in run(*pixels).stdout
+    assert "16 lines, 0 without an image" in run("controls.pixels", *pixels).stdout
+    assert run("tools.report", f"{tmp_path}/{word}", "--csv", f"{tmp_path}/all.csv").returncode == 0
     Path(tmp_path, "out/casme2_others", f"00_{word}.png").write_bytes(b"no image")
     last = run("tools.view", "check", "--data", f"{tmp_path}/out")
-    assert last.returncode == 1 and re.fullmatch(
-        r"error: .*/00_\S+\\udcca\S+.png: not a readable image .*\n", last.stderr
-    )
+    error = r"error: .*/00_\S+\\udcca\S+.png: not a readable image .*\n"
+    assert last.returncode == 1 and re.fullmatch(error, last.stderr)
 
 
 # ---- prepare: what users get wrong, and what machines do -------------------------------------------------------------
@@ -942,6 +931,7 @@ def test_which_runs_stand_where(tmp_path, call):
         write_run(root / place, files, changed={"lr": lr}, made=f"{1000 - age:04d}")
         for file in os.listdir(root / place):  # the files' own times do not count
             os.utime(root / place / file, (1e9 + age, 1e9 + age))
+        os.utime(root / place, (1e9 + age, 1e9 + age))
     (root / "c/1/fold0.npz").write_bytes((root / "b/1/fold0.npz").read_bytes())  # of another run
     (root / "c/1/fold1.npz").write_bytes(b"PK no archive")
     (root / "old/run.json").write_text('{"fold_count": 5, "method": "der"}')  # of an older version
