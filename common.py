@@ -177,12 +177,14 @@ def load_weights(network, name, weights):
     if weights == "none":
         return
     if weights is None:
-        repository, hub = network.pretrained_cfg.get("hf_hub_id") or "-", huggingface_hub.constants
-        cached = isinstance(huggingface_hub.try_to_load_from_cache(repository, "model.safetensors"), str)
-        if not cached and not hub.HF_HUB_OFFLINE and repository != "-":
-            size = sum(p.numel() for p in network.parameters()) / 250_000
-            print(f"weights: {hub.ENDPOINT}/{repository}, about {size:.0f} MB, once (or --weights FILE)", flush=True)
-            huggingface_hub.model_info(repository, timeout=60)  # the download would wait long for a hub that is silent
+        repository, hub = network.pretrained_cfg.get("hf_hub_id"), huggingface_hub.constants
+        if repository and not hub.HF_HUB_OFFLINE:
+            if not isinstance(huggingface_hub.try_to_load_from_cache(repository, "model.safetensors"), str):
+                size = sum(p.numel() for p in network.parameters()) / 250_000
+                print(
+                    f"weights: {hub.ENDPOINT}/{repository}, about {size:.0f} MB, once (or --weights FILE)", flush=True
+                )
+                huggingface_hub.model_info(repository, timeout=60)  # a download would wait long for a silent hub
         network.load_state_dict(timm.create_model(name, num_classes=0, pretrained=True).state_dict())
         return
     with open(weights, "rb") as file:
