@@ -13,8 +13,8 @@ apex frame. RAW holds a folder per session, with the sheet and the clip folders 
     dfme    training_full_with_AU.xlsx, train_data/sub0003_01/00046.png
 The sheet's labels count, never the folders' names; Table 1 says which labels stay. Only onset and apex are needed.
 
-As in the released benchmark, raw frames of casme2, samm and dfme are cropped to the face, by the landmarks in DIR, and
-all others are taken whole; --crop and --whole say otherwise. DIR holds a folder per session with NumPy files of 68
+As in the released benchmark, raw frames of casme2, samm and dfme are cropped to the face, by the landmarks in DIR (dfme
+by a rule of ours), and all others are taken whole; --crop and --whole say otherwise. DIR holds a folder per session with NumPy files of 68
 points as (x, y) in pixels of the frames, shape (68, 2), named as in the benchmark's landmarks.zip, which has no dfme:
 casme2/sub01/EP02_01f.npy, samm/006/006_1_2.npy, mmew/happiness/S03-01-002/S03-01-002.npy, dfme/sub0003_01.npy,
 casme3/spNO.1/a/color/color.npy (one per recording). Of raw and cropped frames, the raw ones are used with landmarks.
@@ -405,7 +405,7 @@ def crop_box(points, width, height, least=0.2):
     points: 68 landmarks (68, 2) as (x, y) in pixels. The box is a square around the tip of the nose. Its side is the
     released benchmark's: the height from brow to chin plus that from lower lip to chin. (The benchmark reads the centre
     as (y, x), which moves the crop off the face; for dfme it has another rule.) A ValueError says why the points cannot
-    be a face in this frame; least: the box's side, in heights of the frame.
+    be a face in this frame; least: the box's side, in heights of the frame (0.5: the face must be in the middle, too).
     """
     if points.shape != (68, 2) or not np.isfinite(points).all():
         raise ValueError(f"{points.shape} numbers, needed are (68, 2), none of them nan")
@@ -428,6 +428,8 @@ def crop_box(points, width, height, least=0.2):
     half = (2 * points[CHIN, 1] - points[BROW, 1] - points[LOWER_LIP, 1]) / 2
     if 2 * half < least * height:
         raise ValueError(f"too small a face, {2 * half / height:.0%} of the height, so measured in others: {there}")
+    if least == 0.5 and not (abs(x / width - 0.5) < 0.2 and abs(y / height - 0.6) < 0.2):  # recorded from in front
+        raise ValueError(f"the nose at {x:.4g}, {y:.4g} is not in the middle, so measured in others: {there}")
     return np.floor((x - half, y - half, x + half, y + half)).clip(0, (width, height) * 2).astype(int).tolist()
 
 

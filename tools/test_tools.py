@@ -40,7 +40,7 @@ HERE = Path(__file__).resolve().parent.parent
 # A frame is texture, 200 x 160 pixels. From onset to apex all of it moves in one direction, and most around BUMP. Each
 # entry has its own direction: an image's hue tells whether it was made of the right frames, and its brightest place how
 # they were cropped. What must not be used moves the other way.
-BUMP, NOSE, SIDE = (125, 65), {1: (150, 85), 0: (100, 85)}, 90  # landmarks: nose of odd and even subjects; crop's side
+BUMP, NOSE, SIDE = (125, 65), {1: (135, 85), 0: (100, 85)}, 90  # landmarks: nose of odd and even subjects; crop's side
 # fmt: off
 HEADERS = {
     "casme2": "Subject|Filename||OnsetFrame|ApexFrame|OffsetFrame||Action Units|Estimated Emotion",
@@ -106,6 +106,7 @@ BAD_MARKS = {  # clip: its landmark file's bytes, None being no file, or how the
     "013_1_8": (lambda p: np.ones((98, 2)), "cannot be used: (98, 2) numbers, needed are (68, 2), none of them nan"),
     "EP1": (lambda p: p * np.nan, "needed are (68, 2), none of them nan"),
     "S04-02-001": (lambda p: 0 * p, "all points in one line: x 0 "),
+    "EP03_02": (lambda p: p - p.min(0), "is not in the middle, so measured in others: x 0 to "),  # in the cropped face
     "sub0650_11": (lambda p: landmarks(*NOSE[1], SIDE), "those of another person: "),  # of sub0003
     "EP01_2": (lambda p: p / (200, 160), "fractions of the frame, needed are pixels: x 0.4"),
     "S13-04-001": (lambda p: p[:, ::-1], "(y, x), mirrored or rotated, by the outer corners of the eyes: x 62.5"),
