@@ -14,10 +14,11 @@ apex frame. RAW holds a folder per session, with the sheet and the clip folders 
 The sheet's labels count, never the folders' names; Table 1 says which labels stay. Only onset and apex are needed.
 
 As in the released benchmark, raw frames of casme2, samm and dfme are cropped to the face, by the landmarks in DIR (dfme
-by a rule of ours), and all others are taken whole; --crop and --whole say otherwise. DIR holds a folder per session with NumPy files of 68
-points as (x, y) in pixels of the frames, shape (68, 2), named as in the benchmark's landmarks.zip, which has no dfme:
-casme2/sub01/EP02_01f.npy, samm/006/006_1_2.npy, mmew/happiness/S03-01-002/S03-01-002.npy, dfme/sub0003_01.npy,
-casme3/spNO.1/a/color/color.npy (one per recording). Of raw and cropped frames, the raw ones are used with landmarks.
+by a rule of ours), and all others are taken whole; --crop and --whole say otherwise. DIR holds a folder per session
+with NumPy files of 68 points as (x, y) in pixels of the frames, shape (68, 2), named as in the benchmark's
+landmarks.zip, which has no dfme: casme2/sub01/EP02_01f.npy, samm/006/006_1_2.npy,
+mmew/happiness/S03-01-002/S03-01-002.npy, dfme/sub0003_01.npy, casme3/spNO.1/a/color/color.npy (one per recording). Of
+raw and cropped frames, the raw ones are used with landmarks.
 
 OUT gets <session>_<emotion>/sub<subject>_<clip>_onset<frame>_apex<frame>.png; folds.csv, the folds of all entries with
 a label of Table 1; report.csv, the entries left out, each with its reason; prepare.json, what the images depend on;
