@@ -181,9 +181,8 @@ def load_weights(network, name, weights):
         if repository and not hub.HF_HUB_OFFLINE:
             if not isinstance(huggingface_hub.try_to_load_from_cache(repository, "model.safetensors"), str):
                 size = sum(p.numel() for p in network.parameters()) / 250_000
-                print(
-                    f"weights: {hub.ENDPOINT}/{repository}, about {size:.0f} MB, once (or --weights FILE)", flush=True
-                )
+                what = f"{hub.ENDPOINT}/{repository}, about {size:.0f} MB, once (or --weights FILE)"
+                print(f"weights: {what}", flush=True)
                 huggingface_hub.model_info(repository, timeout=60)  # a download would wait long for a silent hub
         network.load_state_dict(timm.create_model(name, num_classes=0, pretrained=True).state_dict())
         return
@@ -197,9 +196,9 @@ def load_weights(network, name, weights):
         state = timm.models.load_state_dict(weights, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError):
         raise ValueError("no torch file, or one that holds more than weights") from None
-    own = network.state_dict() | dict(network.named_buffers())
-    for key in own.keys() & state.keys():  # timm would stretch what was learned at another size
-        there, here = list(state[key].shape), list(own[key].shape)
+    for key, value in (network.state_dict() | dict(network.named_buffers())).items():
+        there, here = list(state.get(key, value).shape), list(value.shape)
+        # timm would stretch what was learned at another size.
         if key.endswith(("pos_embed", "bias_table", "coords_table", "patch_embed.proj.weight")) and there != here:
             raise ValueError(f"{key} is {there}, here {here}: of another image, patch or network size")
     names, convert = network.pretrained_cfg["classifier"], lambda state, _: state

@@ -505,16 +505,18 @@ def plot(groups, path):
     styles |= {name: {"color": GREYS[i % 4], "ls": DASHES[i % 5]} for i, name in enumerate(controls)}
     seeds = {len(line["seeds"]) for line in everything}
     shared = f", {max(seeds)} seeds" if len(seeds) == 1 and max(seeds) > 1 else ""  # told in the title instead
-    height = 1.2 + 0.19 * max(10, *(len({line["label"] for line in lines}) for lines in groups.values()))  # inches
-    width = 2.7 * len(backbones) + 0.6 + 0.085 * max(len(line["label"].replace(shared, "")) for line in everything)
+    short = lambda line: line["label"].replace(shared, "")  # noqa: E731
+    height = 1.2 + 0.19 * max(10, *(len(set(map(short, lines))) for lines in groups.values()))  # inches
+    width = 2.7 * len(backbones) + 0.6 + 0.085 * max(map(len, map(short, everything)))
     whole = figure.Figure((max(4.4, width), height * len(groups)), layout="constrained")
     for part, (title, lines) in zip(whole.subfigures(len(groups), 1, squeeze=False)[:, 0], groups.items()):
         part.suptitle(title.partition(", images")[0] + shared, x=0.01, ha="left", fontsize=9, wrap=True)
         curves = [(numbers(line, line["merge"])["mean"][:-2], line) for line in lines]
         ends = {}
         for values, line in curves:
-            ends.setdefault(line["label"], []).append(values[-1])
-        curves.sort(key=lambda curve: -np.mean(ends[curve[1]["label"]]))  # by their ends, from the top
+            ends.setdefault(short(line), []).append(values[-1])
+        order = sorted(ends, key=lambda label: -np.mean(ends[label]))  # by their ends, from the top
+        curves.sort(key=lambda curve: order.index(short(curve[1])))
         axes, named = part.subplots(1, len(backbones), sharey=True, squeeze=False)[0], {}
         axes[0].set_ylabel("accuracy, %")
         for backbone, axis in zip(backbones, axes):
@@ -526,10 +528,9 @@ def plot(groups, path):
             for values, line in curves:
                 if line["backbone"] in (backbone, "none"):  # what has no network stands in each panel
                     style = styles[line["name"]]
-                    (named[line["label"].replace(shared, "")],) = axis.plot(values, ms=6, **style)
+                    (named[short(line)],) = axis.plot(values, ms=6, **style)
                     axis.plot(line["paper"][:-2], ms=9, mfc="none", **style | {"ls": ""})
-        order = {curve[1]["label"].replace(shared, ""): None for curve in curves}
-        axes[-1].legend([named[label] for label in order], list(order), loc="center left", bbox_to_anchor=(1, 0.5),
+        axes[-1].legend([named[label] for label in order], order, loc="center left", bbox_to_anchor=(1, 0.5),
                         frameon=False, labelcolor="linecolor")  # fmt: skip
     content = io.BytesIO()
     whole.savefig(content, format=path[-3:], dpi=120, bbox_inches="tight")

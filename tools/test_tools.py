@@ -954,10 +954,8 @@ def test_which_runs_stand_where(tmp_path, call):
 
 def test_what_was_made_otherwise_is_marked(tmp_path, call):
     """What the newest line of a table does not share with another stands at that one, and under the table."""
-    about, code = (
-        {"opencv": "4.8", "coding": "ab12", "sessions": {"casme2": dict(frames="raw", crop="landmarks")}},
-        "c.py",
-    )
+    about, code = {"opencv": "4.8", "coding": "ab12"}, "c.py"
+    about["sessions"] = {"casme2": dict(frames="raw", crop="landmarks")}
     write_run(tmp_path / "0/1", prepared=about, code={"der.py": "0", code: "1"})
     write_run(tmp_path / "1/1", prepared=about, method="foster", code={"foster.py": "0", code: "2"})
     write_run(tmp_path / "2/1", BETTER, prepared=about, method="l2p", code={"l2p.py": "0", code: "2"})
@@ -974,9 +972,8 @@ def test_what_was_made_otherwise_is_marked(tmp_path, call):
     assert "not made" not in call(report, tmp_path, "--compare", "foster", "l2p").out
     write_run(tmp_path / "more/0/1", changed={"lr": 1}, code={"der.py": "1"})
     write_run(tmp_path / "more/1/1", changed={"lr": 2}, code={"der.py": "2"})
-    write_run(
-        tmp_path / "more/2", changed={"lr": 3}, code={"der.py": "3"}, versions={"torch": "2.14", "python": "3.10"}
-    )
+    other = {"torch": "2.14", "python": "3.10"}
+    write_run(tmp_path / "more/2/1", changed={"lr": 3}, code={"der.py": "3"}, versions=other)
     write_run(tmp_path / "more/3/1", method="l2p", code={"l2p.py": "1"}, prepared=about)
     assert re.findall("† not made as the newest line here: (.*)", call(report, tmp_path / "more").out) == [
         "vit der lr=3 (preparation of the images)", "vit der lr=2 (preparation of the images)",

@@ -88,8 +88,9 @@ def check(sessions, path=None):
             own = np.count_nonzero(session.labels == emotion)
             difference = f"   {own - count:+d}" if count not in (None, own) else ""
             print(f"    {emotion:11s} {own:5d} of {'?' if count is None else count:>5}{difference}")
-    for session in sessions if path is not None and os.path.exists(os.path.join(path, "folds.csv")) else ():
-        protocols.bind(session, argparse.Namespace(data=path, protocol="slcv"))
+    if path is not None and os.path.exists(os.path.join(path, "folds.csv")):
+        for session in sessions:
+            protocols.bind(session, argparse.Namespace(data=path, protocol="slcv"))
 
 
 def folds(sessions, path):
